@@ -1,0 +1,234 @@
+//! What lies in the maps.
+//!
+//! A change here that an older program could misread needs a new [`VERSION`]: the version is
+//! part of the pin path, so programs of one layout never meet maps of another.
+
+use crate::address::{Address, Prefix};
+
+/// The layout's version.
+pub const VERSION: u32 = 1;
+
+/// The most `[vip] ranges` a node can have: the kernel checks each before any look-up.
+pub const MAX_VIP_RANGES: usize = 8;
+
+/// The kernel's list of VIP ranges, a read-only variable set when the programs are loaded.
+pub type VipRanges = [Prefix; MAX_VIP_RANGES];
+
+/// The largest service id, backend id, slot index and slot count: they are packed in 24 bits.
+pub const MAX_INDEX: u32 = (1 << 24) - 1;
+
+/// A TCP or UDP port in network byte order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(transparent)]
+pub struct Port(u16);
+
+impl Port {
+    /// From a number as people write it.
+    pub const fn new(port: u16) -> Self {
+        Self(port.to_be())
+    }
+
+    /// As people write it.
+    pub const fn get(self) -> u16 {
+        u16::from_be(self.0)
+    }
+
+    /// From `bpf_sock_addr.user_port`: the low half in network byte order.
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "the high half is zero")]
+    pub const fn from_user_port(user_port: u32) -> Self {
+        Self(user_port as u16)
+    }
+
+    /// For `bpf_sock_addr.user_port`.
+    #[inline(always)]
+    pub const fn user_port(self) -> u32 {
+        self.0 as u32
+    }
+}
+
+/// Key of `FRONTENDS`; its value is a service id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(C)]
+pub struct Frontend {
+    pub address: Address,
+    pub port: Port,
+    /// The IP protocol number: 6 or 17.
+    pub protocol: u8,
+    zero: u8,
+}
+
+impl Frontend {
+    #[inline(always)]
+    pub const fn new(address: Address, port: Port, protocol: u8) -> Self {
+        Self {
+            address,
+            port,
+            protocol,
+            zero: 0,
+        }
+    }
+}
+
+/// Value of `SERVICES`: the one word through which a reader sees a service.
+///
+/// Zero is a service that does not exist; a count of zero is one without a usable backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct ServiceWord(pub u64);
+
+impl ServiceWord {
+    const EXISTS: u64 = 1 << 48;
+
+    /// `base` and `count` must be at most [`MAX_INDEX`].
+    pub const fn new(base: u32, count: u32) -> Self {
+        assert!(base <= MAX_INDEX && count <= MAX_INDEX);
+        Self(base as u64 | (count as u64) << 24 | Self::EXISTS)
+    }
+
+    /// Whether there is such a service.
+    #[inline(always)]
+    pub const fn exists(self) -> bool {
+        self.0 & Self::EXISTS != 0
+    }
+
+    /// Index of the service's first slot.
+    #[inline(always)]
+    pub const fn base(self) -> u32 {
+        low24(self.0)
+    }
+
+    /// How many slots it has, all in one range.
+    #[inline(always)]
+    pub const fn count(self) -> u32 {
+        low24(self.0 >> 24)
+    }
+}
+
+/// Value of `SLOTS`: one cell of a service's alias table.
+///
+/// A slot yields its backend with probability threshold / 65,536, otherwise its alias.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct SlotWord(pub u64);
+
+impl SlotWord {
+    /// `backend` and `alias` must be at most [`MAX_INDEX`].
+    pub const fn new(backend: u32, alias: u32, threshold: u16) -> Self {
+        assert!(backend <= MAX_INDEX && alias <= MAX_INDEX);
+        Self(backend as u64 | (alias as u64) << 24 | (threshold as u64) << 48)
+    }
+
+    #[inline(always)]
+    pub const fn backend(self) -> u32 {
+        low24(self.0)
+    }
+
+    #[inline(always)]
+    pub const fn alias(self) -> u32 {
+        low24(self.0 >> 24)
+    }
+
+    #[inline(always)]
+    pub const fn threshold(self) -> u16 {
+        (self.0 >> 48) as u16
+    }
+}
+
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "masked to 24 bits")]
+const fn low24(word: u64) -> u32 {
+    (word & MAX_INDEX as u64) as u32
+}
+
+/// Value of `BACKENDS`. Never changed while a slot refers to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Backend {
+    pub address: Address,
+    /// The service it belongs to.
+    pub service: u32,
+    pub port: Port,
+    pub flags: u16,
+}
+
+impl Backend {
+    /// Set on every backend that exists; an entry of zeroes is a free id.
+    pub const IN_USE: u16 = 1;
+}
+
+/// Value of `ORIGIN`, kept with the socket: what it dialled and what it got.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Origin {
+    pub vip: Address,
+    pub backend_address: Address,
+    pub vip_port: Port,
+    pub backend_port: Port,
+    pub service: u32,
+    pub backend: u32,
+}
+
+const _: () = {
+    assert!(size_of::<Frontend>() == 20 && align_of::<Frontend>() == 4);
+    assert!(size_of::<Backend>() == 24 && align_of::<Backend>() == 4);
+    assert!(size_of::<Origin>() == 44 && align_of::<Origin>() == 4);
+    assert!(size_of::<Prefix>() == 32);
+    assert!(size_of::<ServiceWord>() == 8 && size_of::<SlotWord>() == 8);
+};
+
+/// The names of the maps, as the kernel shows them and as they are pinned.
+pub mod map {
+    pub const FRONTENDS: &str = "FRONTENDS";
+    pub const SERVICES: &str = "SERVICES";
+    pub const SLOTS: &str = "SLOTS";
+    pub const BACKENDS: &str = "BACKENDS";
+    pub const ORIGIN: &str = "ORIGIN";
+    pub const STATS: &str = "STATS";
+    pub const ALL: [&str; 6] = [FRONTENDS, SERVICES, SLOTS, BACKENDS, ORIGIN, STATS];
+}
+
+#[cfg(feature = "user")]
+#[expect(unsafe_code, reason = "aya's marker for types that may cross the border")]
+mod pod {
+    use super::{Backend, Frontend, Prefix};
+
+    // SAFETY: repr(C), integer fields only, no padding (sizes asserted above), any bytes valid.
+    unsafe impl aya::Pod for Frontend {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Backend {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Prefix {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_port_is_big_endian_in_memory() {
+        assert_eq!(Port::new(0x1f90).0.to_ne_bytes(), [0x1f, 0x90]);
+        assert_eq!(Port::from_user_port(Port::new(8080).user_port()).get(), 8080);
+    }
+
+    #[test]
+    fn an_empty_service_still_differs_from_none() {
+        assert!(ServiceWord::new(0, 0).exists());
+        assert!(!ServiceWord::default().exists());
+    }
+
+    proptest! {
+        #[test]
+        fn a_service_word_round_trips(base in 0..=MAX_INDEX, count in 0..=MAX_INDEX) {
+            let word = ServiceWord::new(base, count);
+            prop_assert_eq!((word.base(), word.count()), (base, count));
+        }
+
+        #[test]
+        fn a_slot_word_round_trips(backend in 0..=MAX_INDEX, alias in 0..=MAX_INDEX, threshold: u16) {
+            let word = SlotWord::new(backend, alias, threshold);
+            prop_assert_eq!((word.backend(), word.alias(), word.threshold()), (backend, alias, threshold));
+        }
+    }
+}

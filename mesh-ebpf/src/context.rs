@@ -1,0 +1,138 @@
+//! The socket-address context, seen the same way for both families.
+
+use core::ptr::{read_volatile, write_volatile};
+
+use aya_ebpf::{bindings::bpf_sock_addr, helpers::generated::bpf_set_retval, programs::SockAddrContext};
+use mesh_common::{
+    abi::{Frontend, Origin, Port},
+    address::Address,
+    outcome::Verdict,
+};
+
+use crate::maps;
+
+/// Goes back to the kernel: let the call go on.
+pub(crate) const ALLOW: i32 = 1;
+const REFUSE: i32 = 0;
+const ECONNREFUSED: i32 = 111;
+
+/// The family of the hook, which is the family of the address the program passed.
+#[derive(Clone, Copy)]
+pub(crate) enum Family {
+    V4,
+    V6,
+}
+
+pub(crate) struct Hook<'a> {
+    ctx: &'a SockAddrContext,
+    family: Family,
+}
+
+// The verifier allows only whole-word accesses at constant offsets of the context. Volatile
+// keeps LLVM from merging neighbours into a copy.
+macro_rules! read {
+    ($ctx:expr, $($field:tt)+) => {
+        // SAFETY: the kernel passes a valid context for the duration of the program.
+        unsafe { read_volatile(&raw const (*$ctx).$($field)+) }
+    };
+}
+
+macro_rules! write {
+    ($ctx:expr, $value:expr, $($field:tt)+) => {
+        // SAFETY: as for read; both address families may be written by these attach types.
+        unsafe { write_volatile(&raw mut (*$ctx).$($field)+, $value) }
+    };
+}
+
+impl<'a> Hook<'a> {
+    #[inline(always)]
+    pub(crate) fn new(ctx: &'a SockAddrContext, family: Family) -> Self {
+        Self { ctx, family }
+    }
+
+    #[inline(always)]
+    fn raw(&self) -> *mut bpf_sock_addr {
+        self.ctx.sock_addr
+    }
+
+    /// The address in the call.
+    #[inline(always)]
+    pub(crate) fn address(&self) -> Address {
+        let raw = self.raw();
+        match self.family {
+            Family::V4 => Address::from_v4_word(read!(raw, user_ip4)),
+            Family::V6 => Address::from_words([
+                read!(raw, user_ip6[0]),
+                read!(raw, user_ip6[1]),
+                read!(raw, user_ip6[2]),
+                read!(raw, user_ip6[3]),
+            ]),
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn port(&self) -> Port {
+        Port::from_user_port(read!(self.raw(), user_port))
+    }
+
+    /// What the call dials, as a key of `FRONTENDS`.
+    #[inline(always)]
+    pub(crate) fn frontend(&self, address: Address) -> Frontend {
+        #[expect(clippy::cast_possible_truncation, reason = "IP protocols are one byte; MPTCP shows 6 here")]
+        let protocol = read!(self.raw(), protocol) as u8;
+        Frontend::new(address, self.port(), protocol)
+    }
+
+    /// Puts another address in the call; false if this family cannot hold it.
+    #[inline(always)]
+    pub(crate) fn rewrite(&self, address: &Address, port: Port) -> bool {
+        let raw = self.raw();
+        match self.family {
+            Family::V4 if !address.is_v4() => return false,
+            Family::V4 => write!(raw, address.v4_word(), user_ip4),
+            Family::V6 => {
+                let words = address.words();
+                write!(raw, words[0], user_ip6[0]);
+                write!(raw, words[1], user_ip6[1]);
+                write!(raw, words[2], user_ip6[2]);
+                write!(raw, words[3], user_ip6[3]);
+            }
+        }
+        write!(raw, port.user_port(), user_port);
+        true
+    }
+
+    /// What was remembered of this socket.
+    #[inline(always)]
+    pub(crate) fn origin(&self) -> Option<&Origin> {
+        // SAFETY: the helper returns null or a valued owned by the socket, which outlives the program.
+        unsafe { maps::ORIGIN.get_ptr_mut(self.ctx).as_ref() }
+    }
+
+    /// Remembers `origin` with the socket; false if there is no memory for it.
+    #[inline(always)]
+    pub(crate) fn remember(&self, origin: &mut Origin) -> bool {
+        // SAFETY: as for `origin`. The calling thread holds the socket lock, so nothing else writes here.
+        unsafe {
+            let stored = maps::ORIGIN.get_or_insert_ptr_mut(self.ctx, Some(origin));
+            if stored.is_null() {
+                return false;
+            }
+            *stored = *origin;
+        }
+        true
+    }
+}
+
+/// A verdict as the kernel wants it: 0 alone would be EPERM, so the errno goes first.
+#[inline(always)]
+pub(crate) fn answer(verdict: Verdict) -> i32 {
+    match verdict {
+        Verdict::Allow => ALLOW,
+        Verdict::Refuse => {
+            // SAFETY: a plain helper call; allowed for connect hooks since Linux 5.18.
+            unsafe { bpf_set_retval(-ECONNREFUSED) };
+            REFUSE
+        }
+    }
+}

@@ -1,0 +1,424 @@
+//! The kernel side of the daemon: loading, pinning, attaching, and writing the maps.
+//!
+//! Links and maps are pinned, so they work on while no daemon runs. Below the pin folder:
+//! `abi-<version>/<MAP>` and `link/<program>`. A start adopts the maps that are there, loads its
+//! own programs on them, and puts those in place of the running ones by a link update, so that
+//! no `connect()` falls between two programs.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File, TryLockError},
+    io,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf, EbpfLoader, VerifierLogLevel,
+    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray},
+    programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, links::FdLink},
+};
+use mesh_common::{
+    abi::{self, Backend, Frontend, ServiceWord, SlotWord, VipRanges, map},
+    outcome::Outcome,
+};
+
+use crate::plan::{
+    Applied, Op,
+    applied::{Dump, Sizes},
+};
+
+pub mod mounts;
+pub mod sys;
+
+use sys::{LinkInfo, PinnedLink, Words};
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("MESH_BPF_OBJECT"));
+
+/// The programs, as the kernel shows them; each hooks the call that its name says.
+pub const PROGRAMS: [&str; 4] = ["mesh_connect4", "mesh_connect6", "mesh_getpeer4", "mesh_getpeer6"];
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{what}: {source}")]
+    Io { what: String, source: io::Error },
+    #[error("pin folder {} is in use by another mesh daemon; stop it, or set another node.pin_dir", .0.display())]
+    Locked(PathBuf),
+    #[error("{} holds no maps of mesh: has a daemon run here? (node.pin_dir)", .0.display())]
+    NotPinned(PathBuf),
+    #[error("map {name} at {} is not what this version of mesh pins there; run `mesh cleanup` and start again", path.display())]
+    ForeignMap { name: String, path: PathBuf },
+    #[error("the kernel refuses the programs: {0:#}")]
+    Load(#[source] Box<aya::EbpfError>),
+    #[error("program {name}: {source}")]
+    Program { name: &'static str, source: Box<ProgramError> },
+    #[error("map {name}: {source}")]
+    Map { name: &'static str, source: Box<MapError> },
+}
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+fn io_error(what: impl Into<String>) -> impl FnOnce(io::Error) -> Error {
+    let what = what.into();
+    |source| Error::Io { what, source }
+}
+
+fn map_error(name: &'static str) -> impl FnOnce(MapError) -> Error {
+    move |source| Error::Map { name, source: Box::new(source) }
+}
+
+/// The places below the pin folder.
+#[derive(Clone, Debug)]
+pub struct Pins(PathBuf);
+
+impl Pins {
+    pub fn new(dir: impl Into<PathBuf>) -> Self {
+        Self(dir.into())
+    }
+
+    fn maps(&self) -> PathBuf {
+        self.0.join(format!("abi-{}", abi::VERSION))
+    }
+
+    fn map(&self, name: &str) -> PathBuf {
+        self.maps().join(name)
+    }
+
+    fn links(&self) -> PathBuf {
+        self.0.join("link")
+    }
+
+    fn link(&self, program: &str) -> PathBuf {
+        self.links().join(program)
+    }
+
+    /// Takes the one writer's place for as long as the file is held, however the process ends.
+    fn lock(&self) -> Result<File> {
+        let what = || format!("cannot lock {}", self.0.display());
+        let dir = File::open(&self.0).map_err(io_error(what()))?;
+        match dir.try_lock() {
+            Ok(()) => Ok(dir),
+            Err(TryLockError::WouldBlock) => Err(Error::Locked(self.0.clone())),
+            Err(TryLockError::Error(error)) => Err(io_error(what())(error)),
+        }
+    }
+
+    /// What the kernel says of a program's link; `None` where it is not attached.
+    pub fn link_info(&self, program: &str) -> Option<LinkInfo> {
+        let info = PinnedLink::open(&self.link(program)).and_then(|link| link.info());
+        info.ok().filter(|info| info.cgroup != 0)
+    }
+}
+
+/// What the programs and maps are made from.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub cgroup: PathBuf,
+    pub pin_dir: PathBuf,
+    pub vip_ranges: VipRanges,
+    /// Sizes of maps that are not pinned yet.
+    pub sizes: Sizes,
+}
+
+/// The maps, opened for writing.
+pub struct Maps {
+    frontends: HashMap<MapData, Frontend, u32>,
+    backends: Array<MapData, Backend>,
+    services: Words,
+    slots: Words,
+    sizes: Sizes,
+}
+
+/// The datapath as the daemon holds it. Dropping it leaves everything in place.
+pub struct Datapath {
+    pub maps: Maps,
+    ebpf: Ebpf,
+    pins: Pins,
+    cgroup: PathBuf,
+    _lock: File,
+}
+
+impl Datapath {
+    /// Adopts what is pinned, or makes it. Programs are loaded, but not yet attached: `adopted`
+    /// in the answer says whether the maps already held something to serve.
+    pub fn open(settings: &Settings) -> Result<(Self, bool)> {
+        let pins = Pins::new(&settings.pin_dir);
+        let what = || format!("cannot make the pin folder {}", settings.pin_dir.display());
+        mounts::ensure_bpffs(&settings.pin_dir).map_err(io_error(what()))?;
+        fs::create_dir_all(&settings.pin_dir).map_err(io_error(what()))?;
+        set_private(&settings.pin_dir).map_err(io_error(what()))?;
+        let lock = pins.lock()?;
+        for dir in [pins.maps(), pins.links()] {
+            fs::create_dir_all(dir).map_err(io_error(what()))?;
+        }
+
+        let adopted = map::ALL.iter().all(|name| pins.map(name).exists());
+        if !adopted {
+            // A start that was cut short, or someone removed a pin: half a set is of no use.
+            unpin_maps(&pins)?;
+        }
+        let mut ebpf = load(settings, &pins)?;
+        for name in PROGRAMS {
+            let loaded = program(&mut ebpf, name).load();
+            loaded.map_err(|source| Error::Program { name, source: Box::new(source) })?;
+        }
+        let maps = Maps::open(&pins)?;
+        let datapath = Self {
+            maps,
+            ebpf,
+            pins,
+            cgroup: settings.cgroup.clone(),
+            _lock: lock,
+        };
+        Ok((datapath, adopted))
+    }
+
+    /// Puts the programs in place: into the pinned links, or into new ones where there are none.
+    pub fn attach(&mut self) -> Result<()> {
+        let what = || format!("cannot attach to cgroup {}", self.cgroup.display());
+        let cgroup = File::open(&self.cgroup).map_err(io_error(what()))?;
+        let cgroup_id = mounts::cgroup_id(&self.cgroup).map_err(io_error(what()))?;
+        for name in PROGRAMS {
+            let pin = self.pins.link(name);
+            let program = program(&mut self.ebpf, name);
+            let error = |source| Error::Program { name, source: Box::new(source) };
+            let old = self.pins.link_info(name);
+            if old.is_some_and(|link| link.cgroup == cgroup_id) {
+                let fd = program.fd().map_err(error)?;
+                let updated = PinnedLink::open(&pin).and_then(|link| link.update(fd.as_fd()));
+                updated.map_err(io_error(format!("cannot replace program {name}")))?;
+                continue;
+            }
+            let id = program.attach(&cgroup, CgroupAttachMode::Single).map_err(error)?;
+            let link = program.take_link(id).map_err(error)?;
+            let cannot_pin = format!("cannot pin {}", pin.display());
+            let link = FdLink::try_from(link).map_err(io::Error::other).map_err(io_error(&cannot_pin))?;
+            // The old link was for another cgroup, or its cgroup is gone.
+            remove_file(&pin)?;
+            link.pin(&pin).map_err(io::Error::other).map_err(io_error(&cannot_pin))?;
+        }
+        Ok(())
+    }
+
+    pub fn pins(&self) -> &Pins {
+        &self.pins
+    }
+}
+
+impl Maps {
+    /// Opens the pinned maps.
+    pub fn open(pins: &Pins) -> Result<Self> {
+        let frontends = pinned(pins, map::FRONTENDS, size_of::<Frontend>(), size_of::<u32>())?;
+        let services = pinned(pins, map::SERVICES, size_of::<u32>(), size_of::<u64>())?;
+        let slots = pinned(pins, map::SLOTS, size_of::<u32>(), size_of::<u64>())?;
+        let backends = pinned(pins, map::BACKENDS, size_of::<u32>(), size_of::<Backend>())?;
+        let sizes = Sizes {
+            frontends: entries(&frontends, map::FRONTENDS)?,
+            services: entries(&services, map::SERVICES)?,
+            backends: entries(&backends, map::BACKENDS)?,
+            slots: entries(&slots, map::SLOTS)?,
+        };
+        let words = |data: &MapData, name: &str, len| {
+            Words::map(data.fd().as_fd(), len).map_err(io_error(format!("cannot map {name} into memory")))
+        };
+        Ok(Self {
+            services: words(&services, map::SERVICES, sizes.services)?,
+            slots: words(&slots, map::SLOTS, sizes.slots)?,
+            frontends: HashMap::try_from(Map::HashMap(frontends)).map_err(map_error(map::FRONTENDS))?,
+            backends: Array::try_from(Map::Array(backends)).map_err(map_error(map::BACKENDS))?,
+            sizes,
+        })
+    }
+
+    pub fn sizes(&self) -> Sizes {
+        self.sizes
+    }
+
+    /// Reads back everything that is in use.
+    pub fn dump(&self) -> Result<Dump> {
+        let mut dump = Dump::default();
+        for entry in self.frontends.iter() {
+            let (frontend, id) = entry.map_err(map_error(map::FRONTENDS))?;
+            dump.frontends.insert(frontend, id);
+        }
+        for id in 0..self.services.len() {
+            let word = ServiceWord(self.services.load(id));
+            if word.exists() {
+                dump.services.insert(id, word);
+            }
+        }
+        for (id, entry) in (0..).zip(self.backends.iter()) {
+            let backend = entry.map_err(map_error(map::BACKENDS))?;
+            if backend.flags & Backend::IN_USE != 0 {
+                dump.backends.insert(id, backend);
+            }
+        }
+        Ok(dump)
+    }
+
+    /// A service's slots.
+    pub fn slots(&self, word: ServiceWord) -> Vec<SlotWord> {
+        let range = word.base()..word.base() + word.count();
+        range.map(|index| SlotWord(self.slots.load(index))).collect()
+    }
+
+    /// The mirror of what is in the maps, after deleting what an interrupted change left unsound.
+    pub fn restore(&mut self) -> Result<Applied> {
+        let dump = self.dump()?;
+        let (applied, unsound) = Applied::restore(self.sizes, &dump, |word| self.slots(word));
+        for frontend in unsound {
+            self.frontends.remove(&frontend).map_err(map_error(map::FRONTENDS))?;
+        }
+        // Whatever the last daemon was replacing is no longer being read after this.
+        self.write(&Op::Grace)?;
+        Ok(applied)
+    }
+
+    /// Writes one operation.
+    pub fn write(&mut self, op: &Op) -> Result<()> {
+        match op {
+            Op::PutBackend { id, service, endpoint } => {
+                let backend = Backend {
+                    address: endpoint.address,
+                    port: endpoint.port,
+                    service: *service,
+                    flags: Backend::IN_USE,
+                };
+                self.backends.set(*id, backend, 0).map_err(map_error(map::BACKENDS))?;
+            }
+            Op::PutSlots { base, words } => {
+                for (index, word) in (*base..).zip(words) {
+                    self.slots.store(index, word.0);
+                }
+            }
+            Op::PutService { id, word } => self.services.store(*id, word.0),
+            Op::PutFrontend { frontend, service } => {
+                self.frontends.insert(frontend, service, 0).map_err(map_error(map::FRONTENDS))?;
+            }
+            Op::DeleteFrontend { frontend } => {
+                self.frontends.remove(frontend).map_err(map_error(map::FRONTENDS))?;
+            }
+            Op::DeleteBackend { id } => {
+                self.backends.set(*id, Backend::default(), 0).map_err(map_error(map::BACKENDS))?;
+            }
+            Op::Grace => sys::wait_for_readers().map_err(io_error("membarrier"))?,
+        }
+        Ok(())
+    }
+}
+
+/// Reads the outcome counters, summed over CPUs.
+pub struct Stats(PerCpuArray<MapData, u64>);
+
+impl Stats {
+    pub fn open(pins: &Pins) -> Result<Self> {
+        let data = pinned(pins, map::STATS, size_of::<u32>(), size_of::<u64>())?;
+        let counters = PerCpuArray::try_from(Map::PerCpuArray(data)).map_err(map_error(map::STATS))?;
+        Ok(Self(counters))
+    }
+
+    pub fn read(&self) -> Result<BTreeMap<&'static str, u64>> {
+        let read = |outcome: Outcome| {
+            let values = self.0.get(&(outcome as u32), 0).map_err(map_error(map::STATS))?;
+            Ok((outcome.name(), values.iter().sum()))
+        };
+        Outcome::ALL.into_iter().map(read).collect()
+    }
+}
+
+/// Detaches the programs and removes every pin, touching nothing that mesh did not put there.
+/// Returns what was removed.
+pub fn cleanup(pins: &Pins) -> Result<Vec<PathBuf>> {
+    if !pins.0.exists() {
+        return Ok(Vec::new());
+    }
+    let _lock = pins.lock()?;
+    let mut removed = Vec::new();
+    // Links first: without its maps a program would refuse every VIP.
+    for path in PROGRAMS.iter().map(|name| pins.link(name)) {
+        if remove_file(&path)? {
+            removed.push(path);
+        }
+    }
+    removed.extend(unpin_maps(pins)?);
+    for dir in [pins.links(), pins.maps(), pins.0.clone()] {
+        // A folder that holds something else stays.
+        if fs::remove_dir(&dir).is_ok() {
+            removed.push(dir);
+        }
+    }
+    Ok(removed)
+}
+
+/// Has the kernel verify the programs, attaching and pinning nothing.
+pub fn probe() -> Result<()> {
+    let mut loader = EbpfLoader::new();
+    let mut ebpf = loader.load(OBJECT).map_err(|error| Error::Load(Box::new(error)))?;
+    for name in PROGRAMS {
+        let loaded = program(&mut ebpf, name).load();
+        loaded.map_err(|source| Error::Program { name, source: Box::new(source) })?;
+    }
+    Ok(())
+}
+
+fn load(settings: &Settings, pins: &Pins) -> Result<Ebpf> {
+    let paths = map::ALL.map(|name| (name, pins.map(name)));
+    let sizes = settings.sizes;
+    let mut loader = EbpfLoader::new();
+    loader
+        .verifier_log_level(VerifierLogLevel::DISABLE)
+        .override_global("VIP_RANGES", settings.vip_ranges.as_slice(), true)
+        .map_max_entries(map::FRONTENDS, sizes.frontends)
+        .map_max_entries(map::SERVICES, sizes.services)
+        .map_max_entries(map::BACKENDS, sizes.backends)
+        .map_max_entries(map::SLOTS, sizes.slots);
+    for (name, path) in &paths {
+        loader.map_pin_path(name, path.as_path());
+    }
+    loader.load(OBJECT).map_err(|error| Error::Load(Box::new(error)))
+}
+
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> &'a mut CgroupSockAddr {
+    let program = ebpf.program_mut(name).expect("the object holds every program");
+    program.try_into().expect("every program is a cgroup/sock_addr one")
+}
+
+fn pinned(pins: &Pins, name: &'static str, key: usize, value: usize) -> Result<MapData> {
+    let path = pins.map(name);
+    if !path.exists() {
+        return Err(Error::NotPinned(pins.0.clone()));
+    }
+    let data = MapData::from_pin(&path).map_err(map_error(name))?;
+    let info = data.info().map_err(map_error(name))?;
+    if (info.key_size() as usize, info.value_size() as usize) != (key, value) {
+        return Err(Error::ForeignMap { name: name.into(), path });
+    }
+    Ok(data)
+}
+
+fn entries(data: &MapData, name: &'static str) -> Result<u32> {
+    Ok(data.info().map_err(map_error(name))?.max_entries())
+}
+
+fn unpin_maps(pins: &Pins) -> Result<Vec<PathBuf>> {
+    let mut removed = Vec::new();
+    for path in map::ALL.iter().map(|name| pins.map(name)) {
+        if remove_file(&path)? {
+            removed.push(path);
+        }
+    }
+    Ok(removed)
+}
+
+fn remove_file(path: &Path) -> Result<bool> {
+    match fs::remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(io_error(format!("cannot remove {}", path.display()))(error)),
+    }
+}
+
+fn set_private(dir: &Path) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(dir, fs::Permissions::from_mode(0o700))
+}

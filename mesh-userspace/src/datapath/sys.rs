@@ -1,0 +1,151 @@
+//! The system calls that no safe library offers. The only module of the daemon with `unsafe`.
+#![expect(unsafe_code, reason = "raw system calls and shared memory; each block says why it is sound")]
+
+use std::{
+    ffi::CString,
+    io,
+    mem::{self, MaybeUninit},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
+    ptr::{self, NonNull},
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info};
+
+/// An array map of words, mapped into memory: a store is one plain atomic store.
+#[derive(Debug)]
+pub struct Words {
+    base: NonNull<AtomicU64>,
+    len: u32,
+}
+
+// SAFETY: the mapping is shared memory that is only touched through atomics.
+unsafe impl Send for Words {}
+// SAFETY: as above.
+unsafe impl Sync for Words {}
+
+impl Words {
+    /// Maps the first `len` entries of an array map made with `BPF_F_MMAPABLE` and 8-byte values.
+    pub fn map(map: BorrowedFd<'_>, len: u32) -> io::Result<Self> {
+        let bytes = len as usize * size_of::<u64>();
+        let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED);
+        // SAFETY: a new mapping at an address of the kernel's choice; the result is checked.
+        let base = unsafe { libc::mmap(ptr::null_mut(), bytes, prot, flags, map.as_raw_fd(), 0) };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base.cast()).ok_or(io::ErrorKind::InvalidData)?;
+        Ok(Self { base, len })
+    }
+
+    /// How many words there are.
+    pub fn len(&self) -> u32 {
+        self.len
+    }
+
+    fn word(&self, index: u32) -> &AtomicU64 {
+        assert!(index < self.len, "word {index} of {}", self.len);
+        // SAFETY: in bounds of a live mapping, aligned because the mapping is page-aligned.
+        unsafe { self.base.add(index as usize).as_ref() }
+    }
+
+    pub fn load(&self, index: u32) -> u64 {
+        self.word(index).load(Ordering::Acquire)
+    }
+
+    /// Everything written before, by whatever means, is visible to a hook that sees this word.
+    pub fn store(&self, index: u32, value: u64) {
+        self.word(index).store(value, Ordering::Release);
+    }
+}
+
+impl Drop for Words {
+    fn drop(&mut self) {
+        // SAFETY: our own mapping, with the length it was made with.
+        unsafe { libc::munmap(self.base.as_ptr().cast(), self.len as usize * size_of::<u64>()) };
+    }
+}
+
+/// Waits until every program run that began before the call has ended: the kernel implements
+/// this barrier as `synchronize_rcu()`, and BPF programs of cgroup hooks run under RCU.
+pub fn wait_for_readers() -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    match unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// What the kernel says of a link between a program and a cgroup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinkInfo {
+    pub id: u32,
+    pub program: u32,
+    /// Zero once the cgroup is gone.
+    pub cgroup: u64,
+}
+
+/// A cgroup link, opened from its pin.
+#[derive(Debug)]
+pub struct PinnedLink(OwnedFd);
+
+impl PinnedLink {
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let mut attr = zeroed();
+        attr.__bindgen_anon_4.pathname = path.as_ptr().addr() as u64;
+        let fd = bpf(bpf_cmd::BPF_OBJ_GET, &mut attr)?;
+        // SAFETY: the kernel just gave us this descriptor.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Replaces the link's program in one step: a call runs either the old or the new one.
+    pub fn update(&self, program: BorrowedFd<'_>) -> io::Result<()> {
+        let mut attr = zeroed();
+        attr.link_update.link_fd = raw(self.0.as_fd());
+        attr.link_update.__bindgen_anon_1.new_prog_fd = raw(program);
+        bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop)
+    }
+
+    pub fn info(&self) -> io::Result<LinkInfo> {
+        let mut info = MaybeUninit::<bpf_link_info>::zeroed();
+        let mut attr = zeroed();
+        attr.info.bpf_fd = raw(self.0.as_fd());
+        attr.info.info_len = u32::try_from(size_of::<bpf_link_info>()).expect("a small struct");
+        attr.info.info = info.as_mut_ptr().addr() as u64;
+        bpf(bpf_cmd::BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+        // SAFETY: plain integers, zeroed, then filled by the kernel; we only open links to cgroups,
+        // and a link of another type would show some other number.
+        let (info, cgroup) = unsafe {
+            let info = info.assume_init();
+            (info, info.__bindgen_anon_1.cgroup.cgroup_id)
+        };
+        Ok(LinkInfo {
+            id: info.id,
+            program: info.prog_id,
+            cgroup,
+        })
+    }
+}
+
+fn raw(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
+}
+
+fn zeroed() -> bpf_attr {
+    // SAFETY: a union of integers; the kernel wants unused bytes to be zero.
+    unsafe { mem::zeroed() }
+}
+
+fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i32> {
+    // SAFETY: the caller filled `attr` for `command`, and what it points to outlives the call.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, ptr::from_mut(attr), size_of::<bpf_attr>()) };
+    match i32::try_from(result) {
+        Ok(result) if result >= 0 => Ok(result),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

@@ -1,0 +1,4 @@
+//! mesh's node daemon: registry → catalog → plan → datapath → kernel.
+
+pub mod datapath;
+pub mod plan;

@@ -1,0 +1,1 @@
+fn main() { mesh_userspace::datapath::probe().unwrap(); println!("ok"); }

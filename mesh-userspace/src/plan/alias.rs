@@ -1,0 +1,77 @@
+//! The alias method (Walker 1974, Vose 1991): a weighted pick with one look-up.
+
+use mesh_common::abi::SlotWord;
+
+const ONE: u128 = 1 << 16;
+
+/// One slot per backend, such that a uniformly drawn slot and fraction yield each backend in
+/// proportion to its weight, to within 1/65,536 of a slot. The same input gives the same table.
+///
+/// `weights` are (backend id, weight above zero).
+pub fn table(weights: &[(u32, u32)]) -> Vec<SlotWord> {
+    let count = weights.len() as u128;
+    // A slot's share is the total weight: then backend i brings weight × count.
+    let full: u128 = weights.iter().map(|(_, weight)| u128::from(*weight)).sum();
+    let mut left: Vec<u128> = weights.iter().map(|(_, weight)| u128::from(*weight) * count).collect();
+    let mut words: Vec<_> = weights.iter().map(|(id, _)| SlotWord::new(*id, *id, u16::MAX)).collect();
+
+    let (mut small, mut large): (Vec<_>, Vec<_>) = (0..weights.len()).partition(|i| left[*i] < full);
+    while let (Some(i), Some(&j)) = (small.pop(), large.last()) {
+        let threshold = (left[i] * ONE + full / 2) / full;
+        if let Ok(threshold) = u16::try_from(threshold) {
+            words[i] = SlotWord::new(weights[i].0, weights[j].0, threshold);
+        }
+        left[j] -= full - left[i];
+        if left[j] < full {
+            large.pop();
+            small.push(j);
+        }
+    }
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn shares(words: &[SlotWord]) -> BTreeMap<u32, f64> {
+        let mut shares = BTreeMap::new();
+        for word in words {
+            let own = f64::from(word.threshold()) / 65_536.0;
+            *shares.entry(word.backend()).or_default() += own / words.len() as f64;
+            *shares.entry(word.alias()).or_default() += (1.0 - own) / words.len() as f64;
+        }
+        shares
+    }
+
+    #[test]
+    fn no_backends_no_slots() {
+        assert!(table(&[]).is_empty());
+    }
+
+    #[test]
+    fn equal_weights_need_no_alias() {
+        for word in table(&[(7, 100), (8, 100), (9, 100)]) {
+            assert_eq!(word.backend(), word.alias());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn shares_follow_the_weights(weights in prop::collection::vec(1u32..=65_535, 1..200)) {
+            let weights: Vec<_> = (1..).zip(weights).collect();
+            let words = table(&weights);
+            prop_assert_eq!(words.len(), weights.len());
+            let total: f64 = weights.iter().map(|(_, weight)| f64::from(*weight)).sum();
+            let shares = shares(&words);
+            for (id, weight) in &weights {
+                let error = (shares[id] - f64::from(*weight) / total).abs();
+                prop_assert!(error <= 1.0 / 65_536.0, "backend {id}: off by {error}");
+            }
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! What the maps hold, as the daemon knows it.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use mesh_common::abi::{Backend, Frontend, ServiceWord, SlotWord};
+
+use super::{
+    Endpoint, Op, index,
+    alloc::{Alloc, Ids, Ranges},
+};
+
+/// The numbers of entries the maps were made with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sizes {
+    pub frontends: u32,
+    pub services: u32,
+    pub backends: u32,
+    pub slots: u32,
+}
+
+/// A mirror of the maps. It changes only by [`apply`](Self::apply), after the map was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Applied {
+    pub frontends: BTreeMap<Frontend, u32>,
+    pub services: BTreeMap<u32, Service>,
+    /// Backends left by an interrupted change: no service has them.
+    pub strays: BTreeSet<u32>,
+    pub alloc: Alloc,
+    /// Which service a backend belongs to.
+    owners: BTreeMap<u32, (u32, Endpoint)>,
+    /// Slots written, but not yet pointed at.
+    pending: Vec<SlotWord>,
+    /// Taken out of use, but perhaps still being read: free after the next grace.
+    retired_services: Vec<u32>,
+    retired_slots: Vec<(u32, u32)>,
+}
+
+/// What a service word points at, and the ids of the service's backends.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Service {
+    pub base: u32,
+    pub words: Vec<SlotWord>,
+    pub backends: BTreeMap<Endpoint, u32>,
+}
+
+/// Contents of the maps as read at start, entries in use only.
+#[derive(Clone, Debug, Default)]
+pub struct Dump {
+    pub frontends: BTreeMap<Frontend, u32>,
+    pub services: BTreeMap<u32, ServiceWord>,
+    pub backends: BTreeMap<u32, Backend>,
+}
+
+impl Applied {
+    pub fn empty(sizes: Sizes) -> Self {
+        Self::with_used(sizes, &BTreeSet::new(), &BTreeSet::new())
+    }
+
+    fn with_used(sizes: Sizes, services: &BTreeSet<u32>, backends: &BTreeSet<u32>) -> Self {
+        // Each service has one frontend, and ids start at 1.
+        let service_entries = sizes.services.min(sizes.frontends.saturating_add(1));
+        Self {
+            frontends: BTreeMap::new(),
+            services: BTreeMap::new(),
+            strays: BTreeSet::new(),
+            alloc: Alloc {
+                services: Ids::new(service_entries, services),
+                backends: Ids::new(sizes.backends, backends),
+                slots: Ranges::new(sizes.slots),
+            },
+            owners: BTreeMap::new(),
+            pending: Vec::new(),
+            retired_services: Vec::new(),
+            retired_slots: Vec::new(),
+        }
+    }
+
+    /// Rebuilds the mirror from the maps; `slots` reads a service's range. Also returns the
+    /// frontends that point at no sound service: the caller deletes them.
+    pub fn restore(
+        sizes: Sizes,
+        dump: &Dump,
+        slots: impl Fn(ServiceWord) -> Vec<SlotWord>,
+    ) -> (Self, Vec<Frontend>) {
+        let used = dump.frontends.values().copied().collect();
+        let mut applied = Self::with_used(sizes, &used, &dump.backends.keys().copied().collect());
+        let mut unsound = Vec::new();
+        for (&frontend, &id) in &dump.frontends {
+            let word = dump.services.get(&id).copied().unwrap_or_default();
+            let sound = word.exists() && !applied.services.contains_key(&id);
+            if sound && applied.alloc.slots.claim(word.base(), word.count()) {
+                let service = Service {
+                    base: word.base(),
+                    words: slots(word),
+                    backends: BTreeMap::new(),
+                };
+                applied.services.insert(id, service);
+                applied.frontends.insert(frontend, id);
+            } else {
+                unsound.push(frontend);
+            }
+        }
+        for (&id, backend) in &dump.backends {
+            let endpoint = Endpoint {
+                address: backend.address,
+                port: backend.port,
+            };
+            applied.owners.insert(id, (backend.service, endpoint));
+            let owner = applied.services.get_mut(&backend.service);
+            if owner.is_none_or(|service| *service.backends.entry(endpoint).or_insert(id) != id) {
+                applied.strays.insert(id);
+            }
+        }
+        (applied, unsound)
+    }
+
+    /// The id of a frontend's backend.
+    pub fn backend_id(&self, frontend: &Frontend, endpoint: &Endpoint) -> Option<u32> {
+        let service = self.services.get(self.frontends.get(frontend)?)?;
+        service.backends.get(endpoint).copied()
+    }
+
+    /// Follows one operation that has been written.
+    pub fn apply(&mut self, op: &Op) {
+        match op {
+            Op::PutBackend { id, service, endpoint } => {
+                self.alloc.backends.claim(*id);
+                self.owners.insert(*id, (*service, *endpoint));
+                self.services.entry(*service).or_default().backends.insert(*endpoint, *id);
+            }
+            Op::PutSlots { base, words } => {
+                self.alloc.slots.claim(*base, index(words.len()));
+                self.pending.clone_from(words);
+            }
+            Op::PutService { id, word } if word.exists() => {
+                self.alloc.services.claim(*id);
+                let service = self.services.entry(*id).or_default();
+                self.retired_slots.push((service.base, index(service.words.len())));
+                service.base = word.base();
+                service.words = std::mem::take(&mut self.pending);
+            }
+            Op::PutService { id, .. } => {
+                if let Some(service) = self.services.remove(id) {
+                    self.retired_slots.push((service.base, index(service.words.len())));
+                    self.strays.extend(service.backends.values());
+                    self.retired_services.push(*id);
+                }
+            }
+            Op::PutFrontend { frontend, service } => {
+                self.frontends.insert(*frontend, *service);
+            }
+            Op::DeleteFrontend { frontend } => {
+                self.frontends.remove(frontend);
+            }
+            Op::DeleteBackend { id } => {
+                self.strays.remove(id);
+                if let Some((service, endpoint)) = self.owners.remove(id)
+                    && let Some(service) = self.services.get_mut(&service)
+                    && service.backends.get(&endpoint) == Some(id)
+                {
+                    service.backends.remove(&endpoint);
+                }
+                self.alloc.backends.give_back(*id);
+            }
+            Op::Grace => {
+                for id in self.retired_services.drain(..) {
+                    self.alloc.services.give_back(id);
+                }
+                for (base, len) in self.retired_slots.drain(..) {
+                    self.alloc.slots.give_back(base, len);
+                }
+            }
+        }
+    }
+}
