@@ -1,0 +1,381 @@
+//! The configuration file: read with [`load`], checked whole, then used.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use ipnet::IpNet;
+use mesh_common::{
+    abi::{MAX_INDEX, MAX_VIP_RANGES, VipRanges},
+    address::Prefix,
+};
+use serde::Deserialize;
+
+use crate::{datapath::mounts, plan::applied::Sizes, registry::Rules};
+
+/// Where the configuration is looked for when no file is named.
+pub const DEFAULT_PATH: &str = "/etc/mesh/mesh.toml";
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{}: {source}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{}{}: {message}", path.display(), line.map(|line| format!(":{line}")).unwrap_or_default())]
+    Invalid { path: PathBuf, line: Option<usize>, message: String },
+}
+
+/// A checked configuration.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// The file it came from; none for the defaults.
+    pub path: Option<PathBuf>,
+    pub node: Node,
+    pub api: Api,
+    pub web: Web,
+    pub rules: Rules,
+    pub datapath: Datapath,
+    pub registries: Vec<Registry>,
+    /// Tables that this version reads but does not act on.
+    pub later: Vec<&'static str>,
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Node {
+    cgroup: PathBuf,
+    pub pin_dir: PathBuf,
+    pub state_dir: PathBuf,
+    pub zone: Option<String>,
+}
+
+impl Default for Node {
+    fn default() -> Self {
+        Self {
+            cgroup: "auto".into(),
+            pin_dir: "/sys/fs/bpf/mesh".into(),
+            state_dir: "/var/lib/mesh".into(),
+            zone: None,
+        }
+    }
+}
+
+impl Node {
+    /// The cgroup whose sockets are translated.
+    pub fn cgroup(&self) -> io::Result<PathBuf> {
+        if self.cgroup.as_os_str() == "auto" {
+            return mounts::cgroup2_root();
+        }
+        if mounts::is_cgroup2(&self.cgroup) {
+            return Ok(self.cgroup.clone());
+        }
+        let message = format!("node.cgroup {} is not a cgroup2 directory", self.cgroup.display());
+        Err(io::Error::new(io::ErrorKind::InvalidInput, message))
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Api {
+    pub socket: PathBuf,
+}
+
+impl Default for Api {
+    fn default() -> Self {
+        Self { socket: "/run/mesh/api.sock".into() }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Web {
+    pub listen: SocketAddr,
+}
+
+impl Default for Web {
+    fn default() -> Self {
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 9464)) }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Datapath {
+    pub max_services: u32,
+    pub max_backends: u32,
+}
+
+impl Default for Datapath {
+    fn default() -> Self {
+        Self { max_services: 16_384, max_backends: 65_536 }
+    }
+}
+
+impl Datapath {
+    /// Map sizes. Entry 0 of the id-indexed maps is never used; slots are twice the backends, so
+    /// that a change can write its new slots beside the old ones.
+    pub fn sizes(&self) -> Sizes {
+        Sizes {
+            frontends: self.max_services,
+            services: self.max_services + 1,
+            backends: self.max_backends + 1,
+            slots: 2 * self.max_backends,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase", deny_unknown_fields)]
+pub enum Registry {
+    File { path: PathBuf },
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Raw {
+    node: toml::Spanned<Node>,
+    api: Api,
+    web: Web,
+    vip: Vip,
+    backends: Backends,
+    dns: Option<Dns>,
+    datapath: toml::Spanned<Datapath>,
+    registry: Vec<toml::Spanned<toml::Table>>,
+}
+
+impl Default for Raw {
+    fn default() -> Self {
+        Self {
+            node: toml::Spanned::new(0..0, Node::default()),
+            api: Api::default(),
+            web: Web::default(),
+            vip: Vip::default(),
+            backends: Backends::default(),
+            dns: None,
+            datapath: toml::Spanned::new(0..0, Datapath::default()),
+            registry: Vec::new(),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Vip {
+    ranges: toml::Spanned<Vec<toml::Spanned<IpNet>>>,
+}
+
+impl Default for Vip {
+    fn default() -> Self {
+        let ranges = ["127.128.0.0/10", "fd00:6d65:7368::/96"];
+        let ranges = ranges.map(|range| toml::Spanned::new(0..0, range.parse().expect("a valid range")));
+        Self { ranges: toml::Spanned::new(0..0, ranges.to_vec()) }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Backends {
+    allow: Vec<IpNet>,
+    allow_loopback: bool,
+}
+
+impl Default for Backends {
+    fn default() -> Self {
+        let all = ["0.0.0.0/0", "::/0"];
+        Self { allow: all.map(|net| net.parse().expect("a valid range")).to_vec(), allow_loopback: false }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(dead_code, reason = "names are not served yet; only the table's form is checked")]
+struct Dns {
+    listen: Option<Vec<SocketAddr>>,
+    suffixes: Option<Vec<String>>,
+    intercept: Option<bool>,
+    upstream: Option<toml::Value>,
+}
+
+/// The configuration in `path`; without one, the file at its usual place, else the defaults.
+pub fn load(path: Option<&Path>) -> Result<Config, Error> {
+    let usual = Path::new(DEFAULT_PATH);
+    let path = path.or_else(|| usual.exists().then_some(usual));
+    let Some(path) = path else { return parse(Path::new(""), "") };
+    let text = fs::read_to_string(path).map_err(|source| Error::Read { path: path.into(), source })?;
+    parse(path, &text)
+}
+
+fn parse(path: &Path, text: &str) -> Result<Config, Error> {
+    let invalid = |at: Option<usize>, message: String| {
+        let line = at.map(|offset| 1 + text[..offset.min(text.len())].matches('\n').count());
+        Error::Invalid { path: path.into(), line, message }
+    };
+    let error = |error: toml::de::Error| invalid(error.span().map(|span| span.start), error.message().to_owned());
+    let raw: Raw = toml::from_str(text).map_err(error)?;
+
+    let ranges = vip_ranges(&raw.vip.ranges).map_err(|(at, message)| invalid(Some(at), message))?;
+    if !raw.node.get_ref().pin_dir.is_absolute() {
+        return Err(invalid(Some(raw.node.span().start), "node.pin_dir must be an absolute path".into()));
+    }
+    let datapath = raw.datapath.get_ref();
+    for (key, value) in [("max_services", datapath.max_services), ("max_backends", datapath.max_backends)] {
+        // Slots are twice the backends, and an index has 24 bits.
+        if !(1..=MAX_INDEX / 2).contains(&value) {
+            let message = format!("datapath.{key} must be from 1 to {}", MAX_INDEX / 2);
+            return Err(invalid(Some(raw.datapath.span().start), message));
+        }
+    }
+    let mut registries: BTreeMap<usize, Registry> = BTreeMap::new();
+    for (index, table) in raw.registry.into_iter().enumerate() {
+        let at = table.span().start;
+        let registry = registry(table.into_inner()).map_err(|message| invalid(Some(at), message))?;
+        registries.insert(index, registry);
+    }
+    Ok(Config {
+        path: (!path.as_os_str().is_empty()).then(|| path.into()),
+        node: raw.node.into_inner(),
+        api: raw.api,
+        web: raw.web,
+        rules: Rules {
+            vip_ranges: ranges,
+            allow: raw.backends.allow,
+            allow_loopback: raw.backends.allow_loopback,
+        },
+        datapath: raw.datapath.into_inner(),
+        registries: registries.into_values().collect(),
+        later: raw.dns.map(|_| "dns").into_iter().collect(),
+    })
+}
+
+fn registry(table: toml::Table) -> Result<Registry, String> {
+    const TYPES: [&str; 1] = ["file"];
+    let kind = table.get("type").and_then(toml::Value::as_str).ok_or("registry: key `type` is missing")?.to_owned();
+    if !TYPES.contains(&kind.as_str()) {
+        return Err(format!("registry: type {kind:?} is not known to this version; it knows {}", TYPES.join(", ")));
+    }
+    table.try_into().map_err(|error: toml::de::Error| format!("registry of type {kind}: {}", error.message()))
+}
+
+fn vip_ranges(ranges: &toml::Spanned<Vec<toml::Spanned<IpNet>>>) -> Result<Vec<IpNet>, (usize, String)> {
+    let service_connect: IpNet = "127.255.0.0/16".parse().expect("a valid range");
+    let list = ranges.get_ref();
+    if list.is_empty() || list.len() > MAX_VIP_RANGES {
+        return Err((ranges.span().start, format!("vip.ranges must hold 1 to {MAX_VIP_RANGES} ranges")));
+    }
+    for range in list {
+        let (net, at) = (range.get_ref(), range.span().start);
+        if net.contains(&service_connect) || service_connect.contains(net) {
+            return Err((at, format!("vip.ranges: {net} overlaps {service_connect}, which is ECS Service Connect's own")));
+        }
+        if net.trunc() != *net {
+            return Err((at, format!("vip.ranges: {net} has bits behind its prefix; did you mean {}?", net.trunc())));
+        }
+    }
+    Ok(list.iter().map(|range| *range.get_ref()).collect())
+}
+
+impl Config {
+    /// The VIP ranges as the kernel wants them.
+    pub fn kernel_ranges(&self) -> VipRanges {
+        let mut ranges = [Prefix::NONE; MAX_VIP_RANGES];
+        for (slot, range) in ranges.iter_mut().zip(&self.rules.vip_ranges) {
+            let mapped = if range.addr().is_ipv4() { 96 } else { 0 };
+            *slot = Prefix::new(range.network().into(), mapped + range.prefix_len());
+        }
+        ranges
+    }
+
+    /// The keys that differ from `other` and are only read at start.
+    pub fn needs_restart(&self, other: &Self) -> Vec<&'static str> {
+        let keys = [
+            ("node", self.node != other.node),
+            ("api", self.api != other.api),
+            ("web", self.web != other.web),
+            ("vip", self.rules.vip_ranges != other.rules.vip_ranges),
+            ("datapath", self.datapath != other.datapath),
+        ];
+        keys.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refusal(text: &str) -> String {
+        parse(Path::new("mesh.toml"), text).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_contract_s_example_is_taken() {
+        let config = parse(
+            Path::new("mesh.toml"),
+            r#"
+[node]
+cgroup    = "auto"
+pin_dir   = "/sys/fs/bpf/mesh"
+state_dir = "/var/lib/mesh"
+zone      = "use1-az1"
+[api]
+socket = "/run/mesh/api.sock"
+[web]
+listen = "127.0.0.1:9464"
+[vip]
+ranges = ["127.128.0.0/10", "fd00:6d65:7368::/96"]
+[backends]
+allow = ["0.0.0.0/0", "::/0"]
+allow_loopback = false
+[dns]
+listen    = ["127.64.0.53:53"]
+suffixes  = ["service.local"]
+intercept = true
+upstream  = "auto"
+[datapath]
+max_services = 16384
+max_backends = 65536
+[[registry]]
+type = "file"
+path = "/etc/mesh/services.d"
+"#,
+        )
+        .unwrap();
+        let defaults = parse(Path::new(""), "").unwrap();
+        assert_eq!((config.rules, config.datapath), (defaults.rules, defaults.datapath));
+        assert_eq!(config.registries, [Registry::File { path: "/etc/mesh/services.d".into() }]);
+    }
+
+    #[test]
+    fn mistakes_are_named_with_line_and_key() {
+        for (text, expected) in [
+            ("\n[node]\ncolour = 1", "mesh.toml:3: unknown field `colour`"),
+            ("[nod]\n", "mesh.toml:1: unknown field `nod`"),
+            ("\n[web]\nlisten = \"nowhere\"", "mesh.toml:3: "),
+            ("\n[vip]\nranges = [\"127.255.1.0/24\"]", "mesh.toml:3: vip.ranges: 127.255.1.0/24 overlaps 127.255.0.0/16"),
+            ("\n[vip]\nranges = [\"127.128.0.1/10\"]", "mesh.toml:3: vip.ranges: 127.128.0.1/10 has bits behind its prefix; did you mean 127.128.0.0/10?"),
+            ("[vip]\nranges = []", "mesh.toml:2: vip.ranges must hold 1 to 8"),
+            ("[datapath]\nmax_backends = 0", "mesh.toml:1: datapath.max_backends must be from 1"),
+            ("[node]\npin_dir = \"x\"", "mesh.toml:1: node.pin_dir must be an absolute path"),
+            ("\n[[registry]]\ntype = \"zookeeper\"", "mesh.toml:2: registry: type \"zookeeper\" is not known"),
+            ("\n[[registry]]\npath = \"x\"", "mesh.toml:2: registry: key `type` is missing"),
+            ("\n[[registry]]\ntype = \"file\"", "mesh.toml:2: registry of type file: missing field `path`"),
+            ("\n[[registry]]\ntype = \"file\"\npath = \"x\"\nurl = \"y\"", "mesh.toml:2: registry of type file: unknown field `url`"),
+        ] {
+            let refusal = refusal(text);
+            assert!(refusal.starts_with(expected), "{refusal}\nshould start with\n{expected}");
+        }
+    }
+
+    #[test]
+    fn the_kernel_gets_ipv4_ranges_as_mapped_ones() {
+        let config = parse(Path::new(""), "").unwrap();
+        let ranges = config.kernel_ranges();
+        let inside = |address: &str| {
+            let address = address.parse::<std::net::IpAddr>().unwrap().into();
+            ranges.iter().any(|range| range.contains(&address))
+        };
+        assert!(inside("127.128.0.1") && inside("::ffff:127.191.0.1") && inside("fd00:6d65:7368::5"));
+        assert!(!inside("127.0.0.1") && !inside("10.0.0.1") && !inside("fd00::1"));
+    }
+}

@@ -1,0 +1,89 @@
+//! Services and instances, as every registry delivers them.
+
+use std::{fmt, net::IpAddr, num::NonZeroU16};
+
+use serde::{Deserialize, Serialize};
+
+/// What a service is known by.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ServiceId {
+    pub namespace: String,
+    pub name: String,
+    pub protocol: Protocol,
+    pub port: NonZeroU16,
+}
+
+impl fmt::Display for ServiceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}:{}/{}", self.name, self.namespace, self.port, self.protocol)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    Tcp,
+    Udp,
+}
+
+impl Protocol {
+    /// The IP protocol number.
+    pub fn number(self) -> u8 {
+        match self {
+            Self::Tcp => 6,
+            Self::Udp => 17,
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
+}
+
+/// How a backend is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Policy {
+    #[default]
+    LeastConnections,
+    Random,
+    RoundRobin,
+    Maglev,
+}
+
+/// What a registry says of an instance.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Health {
+    #[default]
+    Healthy,
+    Unhealthy,
+    Draining,
+}
+
+/// A named set of instances behind one port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    pub id: ServiceId,
+    pub vip: Option<IpAddr>,
+    pub aliases: Vec<String>,
+    pub policy: Policy,
+    pub instances: Vec<Instance>,
+}
+
+/// A registry's record of one running copy of a service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Instance {
+    pub id: String,
+    pub address: IpAddr,
+    pub port: NonZeroU16,
+    /// Its share of new connections, relative to the others'.
+    pub weight: u16,
+    pub zone: Option<String>,
+    pub health: Health,
+}

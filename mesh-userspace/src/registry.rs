@@ -1,0 +1,63 @@
+//! Where services come from. Each registry runs as one task that publishes its [`State`]; only
+//! the modules below know a wire format.
+
+use std::{sync::Arc, time::SystemTime};
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::Service;
+
+mod claims;
+pub mod file;
+pub mod rules;
+
+pub use claims::Claims;
+pub use rules::Rules;
+
+/// Everything a registry holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    pub services: Vec<Service>,
+    /// Whether what is not in here is really gone. While any registry's snapshot is incomplete,
+    /// nothing is removed from the maps.
+    pub complete: bool,
+}
+
+/// How well a registry's content is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Sync {
+    /// The last read worked.
+    Synced,
+    /// The last read failed; the last good content is in use.
+    Stale,
+    /// Nothing was ever read.
+    Failed,
+}
+
+/// What a registry last said, and how it is doing.
+#[derive(Clone, Debug)]
+pub struct State {
+    /// The type in the configuration.
+    pub kind: &'static str,
+    /// What tells it from others of its type.
+    pub source: String,
+    pub sync: Sync,
+    pub last_sync: Option<SystemTime>,
+    pub error: Option<String>,
+    /// `None` until the first answer.
+    pub snapshot: Option<Arc<Snapshot>>,
+}
+
+impl State {
+    pub fn new(kind: &'static str, source: String) -> Self {
+        Self {
+            kind,
+            source,
+            sync: Sync::Failed,
+            last_sync: None,
+            error: None,
+            snapshot: None,
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! What no two services may both have.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+    num::NonZeroU16,
+};
+
+use crate::model::{Protocol, Service, ServiceId};
+
+/// The identities, frontends, VIPs and aliases taken so far; the first owner wins.
+#[derive(Clone, Debug, Default)]
+pub struct Claims {
+    services: HashSet<ServiceId>,
+    frontends: HashMap<(IpAddr, NonZeroU16, Protocol), ServiceId>,
+    /// (namespace, name, is IPv4) → VIP.
+    vips: HashMap<(String, String, bool), IpAddr>,
+    /// (namespace, alias) → name.
+    aliases: HashMap<(String, String), String>,
+}
+
+impl Claims {
+    /// Takes what `service` claims; nothing if part of it is taken, and then says what.
+    pub fn add(&mut self, service: &Service) -> Result<(), String> {
+        let id = &service.id;
+        if self.services.contains(id) {
+            return Err("the service is defined twice".into());
+        }
+        for alias in &service.aliases {
+            let owner = self.aliases.get(&(id.namespace.clone(), alias.clone()));
+            if let Some(owner) = owner.filter(|owner| **owner != id.name) {
+                return Err(format!("alias {alias:?} already belongs to service {owner}"));
+            }
+        }
+        if let Some(vip) = service.vip {
+            if let Some(owner) = self.frontends.get(&(vip, id.port, id.protocol)) {
+                return Err(format!("vip {vip} port {}/{} is already taken by service {owner}", id.port, id.protocol));
+            }
+            let name = (id.namespace.clone(), id.name.clone(), vip.is_ipv4());
+            if let Some(other) = self.vips.get(&name).filter(|other| **other != vip) {
+                return Err(format!("vip {vip} differs from {other}, the VIP of the same name's other port"));
+            }
+            self.vips.insert(name, vip);
+            self.frontends.insert((vip, id.port, id.protocol), id.clone());
+        }
+        for alias in &service.aliases {
+            self.aliases.insert((id.namespace.clone(), alias.clone()), id.name.clone());
+        }
+        self.services.insert(id.clone());
+        Ok(())
+    }
+
+    /// As [`add`](Self::add), with the service's name in the message.
+    pub fn add_named(&mut self, service: &Service) -> Result<(), String> {
+        self.add(service).map_err(|clash| format!("service {}: {clash}", service.id))
+    }
+}

@@ -1,0 +1,274 @@
+//! The file registry: a file, or a folder of files, read again whenever they change.
+//!
+//! A file is taken whole or not at all; what it held before stays while it is unreadable, and
+//! neither an empty file nor a missing folder takes away what works.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use notify::{EventKind, RecursiveMode, Watcher, event::AccessKind, event::AccessMode};
+use tokio::{
+    sync::{mpsc, watch},
+    time::MissedTickBehavior,
+};
+
+use super::{Claims, Rules, Snapshot, State, Sync};
+use crate::model::Service;
+
+mod format;
+
+pub use format::FileError;
+
+/// The largest file that is read, in bytes.
+pub const MAX_FILE: u64 = 32 << 20;
+
+/// How often files are looked at without being told to: what the watch cannot see (network file
+/// systems, a folder that comes back) is noticed by then.
+const POLL: Duration = Duration::from_secs(1);
+
+/// Publishes the content of `path` until the receivers are gone. `reload` asks for a fresh read.
+pub async fn run(path: PathBuf, rules: Rules, state: watch::Sender<State>, mut reload: watch::Receiver<u64>) {
+    let (tell, mut told) = mpsc::channel(1);
+    let mut source = Source::new(path, rules);
+    let mut watcher = None;
+    let mut poll = tokio::time::interval(POLL);
+    poll.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    loop {
+        let changed = tokio::select! {
+            _ = poll.tick() => false,
+            Some(()) = told.recv() => true,
+            Ok(()) = reload.changed() => true,
+            () = state.closed() => return,
+        };
+        // The watch first, then the read: a change between the two is seen by one of them.
+        if watcher.is_none() {
+            watcher = watch(&source.watched(), tell.clone());
+        }
+        if !source.watched().exists() {
+            watcher = None;
+        }
+        let read = tokio::task::spawn_blocking(move || {
+            let news = source.read(changed);
+            (source, news)
+        });
+        let news;
+        (source, news) = read.await.expect("reading files does not panic");
+        publish(&state, news);
+    }
+}
+
+fn publish(state: &watch::Sender<State>, news: News) {
+    state.send_if_modified(|state| {
+        let error = news.error.map(|error| error.to_string());
+        let before = (state.sync, state.error.clone(), state.snapshot.is_some());
+        if error.is_none() {
+            state.last_sync = Some(SystemTime::now());
+        }
+        if let Some(snapshot) = news.snapshot.clone() {
+            state.snapshot = Some(Arc::new(snapshot));
+        }
+        state.sync = match (&error, &state.snapshot) {
+            (None, _) => Sync::Synced,
+            (Some(_), Some(_)) => Sync::Stale,
+            (Some(_), None) => Sync::Failed,
+        };
+        if let Some(error) = &error
+            && state.error.as_ref() != Some(error)
+        {
+            tracing::error!("{error}");
+        }
+        state.error = error;
+        news.snapshot.is_some() || before != (state.sync, state.error.clone(), state.snapshot.is_some())
+    });
+}
+
+/// Watches a folder for files that were completely written, moved or removed.
+fn watch(dir: &Path, tell: mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
+    let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        let relevant = event.is_ok_and(|event| match event.kind {
+            EventKind::Access(AccessKind::Close(AccessMode::Write)) | EventKind::Remove(_) => true,
+            EventKind::Modify(kind) => matches!(kind, notify::event::ModifyKind::Name(_)),
+            _ => false,
+        });
+        if relevant {
+            // Full means that a read is already due.
+            let _ = tell.try_send(());
+        }
+    });
+    let mut watcher = watcher.ok()?;
+    watcher.watch(dir, RecursiveMode::NonRecursive).ok()?;
+    Some(watcher)
+}
+
+/// What tells one content of a file from another without reading it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Signature(u64, u64, i64, i64, u64);
+
+impl Signature {
+    fn of(path: &Path) -> io::Result<Self> {
+        let meta = fs::metadata(path)?;
+        Ok(Self(meta.dev(), meta.ino(), meta.mtime(), meta.mtime_nsec(), meta.len()))
+    }
+}
+
+#[derive(Debug, Default)]
+struct Entry {
+    seen: Option<Signature>,
+    /// The last good content.
+    services: Option<Vec<Service>>,
+    /// Whether that is a list the file gave, rather than the nothing of an empty file.
+    complete: bool,
+    error: Option<FileError>,
+}
+
+/// The outcome of a read: a snapshot if something changed, and what is wrong at the moment.
+#[derive(Debug, Default)]
+struct News {
+    snapshot: Option<Snapshot>,
+    error: Option<FileError>,
+}
+
+#[derive(Debug)]
+struct Source {
+    path: PathBuf,
+    rules: Rules,
+    files: BTreeMap<PathBuf, Entry>,
+    published: Option<Snapshot>,
+}
+
+impl Source {
+    fn new(path: PathBuf, rules: Rules) -> Self {
+        Self { path, rules, files: BTreeMap::new(), published: None }
+    }
+
+    /// The folder whose changes matter.
+    fn watched(&self) -> PathBuf {
+        let parent = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        match parent {
+            Some(parent) if !self.path.is_dir() => parent.to_path_buf(),
+            None if !self.path.is_dir() => ".".into(),
+            _ => self.path.clone(),
+        }
+    }
+
+    /// Reads what changed; everything if `all`.
+    fn read(&mut self, all: bool) -> News {
+        let paths = match list(&self.path) {
+            Ok(paths) => paths,
+            Err(error) => return News { snapshot: None, error: Some(error) },
+        };
+        let had_services = self.published.as_ref().is_some_and(|snapshot| !snapshot.services.is_empty());
+        if paths.is_empty() && had_services {
+            let error = FileError::new(&self.path, "the folder holds no services file any more; what it held is kept");
+            return News { snapshot: None, error: Some(error) };
+        }
+        self.files.retain(|path, _| paths.contains(path));
+        for path in paths {
+            let entry = self.files.entry(path.clone()).or_default();
+            let signature = Signature::of(&path).ok();
+            if all || signature.is_none() || entry.seen != signature {
+                entry.seen = signature;
+                entry.read(&path, &self.rules);
+            }
+        }
+        self.merge()
+    }
+
+    fn merge(&mut self) -> News {
+        let mut error = None;
+        let mut claims = Claims::default();
+        let mut snapshot = Snapshot { services: Vec::new(), complete: !self.files.is_empty() };
+        for (path, entry) in &self.files {
+            let services = entry.services.as_deref().unwrap_or_default();
+            snapshot.complete &= entry.complete;
+            error = error.or_else(|| entry.error.clone());
+            let mut with_this = claims.clone();
+            match services.iter().try_for_each(|service| with_this.add_named(service)) {
+                Ok(()) => {
+                    claims = with_this;
+                    snapshot.services.extend_from_slice(services);
+                }
+                Err(clash) => {
+                    snapshot.complete = false;
+                    error = error.or_else(|| Some(FileError::new(path, format!("{clash}, in another file"))));
+                }
+            }
+        }
+        let nothing = self.files.values().all(|entry| entry.services.is_none());
+        if nothing && error.is_some() {
+            return News { snapshot: None, error };
+        }
+        let changed = self.published.as_ref() != Some(&snapshot);
+        self.published = Some(snapshot.clone());
+        News { snapshot: changed.then_some(snapshot), error }
+    }
+}
+
+impl Entry {
+    fn read(&mut self, path: &Path, rules: &Rules) {
+        let parsed = read_limited(path).and_then(|text| format::parse(path, &text, rules));
+        self.error = None;
+        match parsed {
+            Ok(Some(services)) => (self.services, self.complete) = (Some(services), true),
+            Ok(None) if self.services.as_ref().is_none_or(Vec::is_empty) => {
+                // Nothing to keep; an empty file still does not say that nothing exists.
+                self.services = Some(Vec::new());
+                tracing::warn!("{}: the file is empty", path.display());
+            }
+            Ok(None) => {
+                let kept = "the file is empty; what it held is kept (an empty list of services removes them)";
+                self.error = Some(FileError::new(path, kept));
+            }
+            Err(error) => self.error = Some(error),
+        }
+    }
+}
+
+/// Reads a services file and checks it; for `mesh config validate` and `mesh check`.
+pub fn validate(path: &Path, rules: &Rules) -> Result<usize, FileError> {
+    let mut source = Source::new(path.to_path_buf(), rules.clone());
+    let news = source.read(true);
+    match news.error {
+        Some(error) => Err(error),
+        None => Ok(news.snapshot.unwrap_or_default().services.len()),
+    }
+}
+
+fn list(path: &Path) -> Result<Vec<PathBuf>, FileError> {
+    let error = |error: io::Error| FileError::new(path, error.to_string());
+    if !fs::metadata(path).map_err(error)?.is_dir() {
+        return Ok(vec![path.to_path_buf()]);
+    }
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(path).map_err(error)? {
+        let entry = entry.map_err(error)?.path();
+        let hidden = entry.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
+        if !hidden && format::Format::of(&entry).is_some() && entry.is_file() {
+            paths.push(entry);
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+fn read_limited(path: &Path) -> Result<String, FileError> {
+    use io::Read;
+    let error = |error: io::Error| FileError::new(path, error.to_string());
+    let mut text = String::new();
+    let mut file = fs::File::open(path).map_err(error)?.take(MAX_FILE + 1);
+    file.read_to_string(&mut text).map_err(error)?;
+    if text.len() as u64 > MAX_FILE {
+        let size = fs::metadata(path).map_err(error)?.len();
+        return Err(FileError::new(path, format!("the file has {size} bytes; the limit is {MAX_FILE}")));
+    }
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests;

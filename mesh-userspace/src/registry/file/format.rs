@@ -1,0 +1,337 @@
+//! Services files: TOML, YAML and JSON, with the line of every record.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    net::IpAddr,
+    num::NonZeroU16,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::{Deserialize, de::DeserializeOwned};
+
+use crate::{
+    model::{Health, Instance, Policy, Protocol, Service, ServiceId},
+    registry::{
+        Claims,
+        rules::{self, Rules},
+    },
+};
+
+/// What is wrong with a services file.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}{}: {message}", path.display(), line.map(|line| format!(":{line}")).unwrap_or_default())]
+pub struct FileError {
+    pub path: PathBuf,
+    /// Counted from 1.
+    pub line: Option<u64>,
+    pub message: String,
+}
+
+impl FileError {
+    pub fn new(path: &Path, message: impl Into<String>) -> Self {
+        Self { path: path.into(), line: None, message: message.into() }
+    }
+
+    fn at(path: &Path, line: Option<u64>, message: &str) -> Self {
+        Self { line, ..Self::new(path, message) }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Format {
+    Toml,
+    Yaml,
+    Json,
+}
+
+impl Format {
+    pub(super) fn of(path: &Path) -> Option<Self> {
+        match path.extension()?.to_str()? {
+            "toml" => Some(Self::Toml),
+            "yaml" | "yml" => Some(Self::Yaml),
+            "json" => Some(Self::Json),
+            _ => None,
+        }
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Document<S> {
+    service: Option<Vec<S>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, bound = "I: DeserializeOwned")]
+struct RawService<I> {
+    name: String,
+    namespace: String,
+    #[serde(default = "tcp")]
+    protocol: Protocol,
+    port: NonZeroU16,
+    vip: Option<IpAddr>,
+    #[serde(default)]
+    aliases: Vec<String>,
+    #[serde(default)]
+    policy: Policy,
+    affinity: Option<Span>,
+    drain: Option<Span>,
+    retry: Option<Retry>,
+    eject: Option<Eject>,
+    check: Option<Check>,
+    #[serde(default = "Vec::new")]
+    instance: Vec<I>,
+}
+
+fn tcp() -> Protocol {
+    Protocol::Tcp
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawInstance {
+    id: String,
+    address: IpAddr,
+    port: NonZeroU16,
+    #[serde(default = "hundred")]
+    weight: u16,
+    zone: Option<String>,
+    #[serde(default)]
+    health: Health,
+}
+
+fn hundred() -> u16 {
+    100
+}
+
+// The settings below are checked now and acted on later, so that a file that one version takes,
+// the next one takes too.
+
+#[derive(Deserialize)]
+#[serde(transparent)]
+struct Span(#[serde(with = "humantime_serde")] #[expect(dead_code, reason = "only its form is checked so far")] Duration);
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(dead_code, reason = "only its form is checked so far")]
+struct Retry {
+    attempts: Option<u8>,
+    syn_timeout: Option<Span>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(dead_code, reason = "only its form is checked so far")]
+struct Eject {
+    failures: Option<u32>,
+    base: Option<Span>,
+    max: Option<Span>,
+    max_percent: Option<u8>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+#[expect(dead_code, reason = "only its form is checked so far")]
+struct Check {
+    r#type: CheckType,
+    interval: Option<Span>,
+    timeout: Option<Span>,
+    path: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum CheckType {
+    Tcp,
+    Http,
+}
+
+/// A value with the line it starts on.
+struct Located<T> {
+    line: u64,
+    value: T,
+}
+
+/// What a format wraps a record in to say where it is.
+trait At<T> {
+    fn located(self, lines: &mut Lines) -> Located<T>;
+}
+
+impl<T> At<T> for toml::Spanned<T> {
+    fn located(self, lines: &mut Lines) -> Located<T> {
+        Located { line: lines.of(self.span().start), value: self.into_inner() }
+    }
+}
+
+impl<T> At<T> for serde_saphyr::Spanned<T> {
+    fn located(self, _: &mut Lines) -> Located<T> {
+        Located { line: self.defined.line(), value: self.value }
+    }
+}
+
+/// Counts lines up to growing offsets.
+struct Lines<'a> {
+    text: &'a str,
+    counted: usize,
+    line: u64,
+}
+
+impl<'a> Lines<'a> {
+    fn new(text: &'a str) -> Self {
+        Self { text, counted: 0, line: 1 }
+    }
+
+    fn of(&mut self, offset: usize) -> u64 {
+        if offset < self.counted {
+            *self = Self::new(self.text);
+        }
+        let offset = offset.min(self.text.len());
+        let newlines = self.text.as_bytes()[self.counted..offset].iter().filter(|byte| **byte == b'\n');
+        self.line += newlines.count() as u64;
+        self.counted = offset;
+        self.line
+    }
+}
+
+type Toml<T> = toml::Spanned<T>;
+type Yaml<T> = serde_saphyr::Spanned<T>;
+type Record = Located<RawService<Located<RawInstance>>>;
+
+/// The services of a file; `None` if it has no list of services at all.
+pub(super) fn parse(path: &Path, text: &str, rules: &Rules) -> Result<Option<Vec<Service>>, FileError> {
+    let Some(format) = Format::of(path) else {
+        return Err(FileError::new(path, "the file's name must end in .toml, .yaml, .yml or .json"));
+    };
+    if text.trim().is_empty() {
+        return Ok(None);
+    }
+    let mut lines = Lines::new(text);
+    let records = match format {
+        Format::Toml => {
+            let document = toml::from_str::<Document<Toml<RawService<Toml<RawInstance>>>>>(text);
+            document.map(|document| records(document, &mut lines)).map_err(|error| {
+                let line = error.span().map(|span| lines.of(span.start));
+                FileError::at(path, line, error.message())
+            })?
+        }
+        Format::Yaml => yaml(path, text)?,
+        Format::Json => {
+            // JSON is YAML, and only the YAML reader knows lines; but it would take too much.
+            serde_json::from_str::<serde::de::IgnoredAny>(text)
+                .map_err(|error| FileError::at(path, Some(error.line() as u64), &error.to_string()))?;
+            yaml(path, text)?
+        }
+    };
+    let Some(records) = records else { return Ok(None) };
+    let mut checked = Checked::default();
+    for record in records {
+        checked.add(record, rules).map_err(|(line, message)| FileError::at(path, Some(line), &message))?;
+    }
+    if !checked.later.is_empty() {
+        let keys: Vec<_> = checked.later.into_iter().collect();
+        tracing::warn!("{}: this version does not act on these keys yet: {}", path.display(), keys.join(", "));
+    }
+    Ok(Some(checked.services))
+}
+
+fn yaml(path: &Path, text: &str) -> Result<Option<Vec<Record>>, FileError> {
+    let document = serde_saphyr::from_str::<Document<Yaml<RawService<Yaml<RawInstance>>>>>(text);
+    match document {
+        Ok(document) => Ok(records(document, &mut Lines::new(text))),
+        Err(error) => {
+            let line = error.location().map(|location| location.line());
+            let message = error.without_snippet().to_string();
+            Err(FileError::at(path, line, message.lines().next().unwrap_or_default()))
+        }
+    }
+}
+
+fn records<S, I>(document: Document<S>, lines: &mut Lines) -> Option<Vec<Record>>
+where
+    S: At<RawService<I>>,
+    I: At<RawInstance>,
+{
+    let mut locate = |service: S| {
+        let Located { line, value } = service.located(lines);
+        let instance = value.instance.into_iter().map(|instance| instance.located(lines)).collect();
+        let RawService { name, namespace, protocol, port, vip, aliases, policy, .. } = value;
+        let RawService { affinity, drain, retry, eject, check, .. } = value;
+        let value = RawService {
+            name, namespace, protocol, port, vip, aliases, policy, affinity, drain, retry, eject, check, instance,
+        };
+        Located { line, value }
+    };
+    Some(document.service?.into_iter().map(&mut locate).collect())
+}
+
+/// Services checked so far, and what later ones must not repeat.
+#[derive(Default)]
+struct Checked {
+    services: Vec<Service>,
+    claims: Claims,
+    /// Keys in use that nothing acts on yet.
+    later: BTreeSet<&'static str>,
+}
+
+type Problem = (u64, String);
+
+impl Checked {
+    fn add(&mut self, record: Record, rules: &Rules) -> Result<(), Problem> {
+        let Located { line, value: raw } = record;
+        let id = ServiceId { namespace: raw.namespace, name: raw.name, protocol: raw.protocol, port: raw.port };
+        let label = id.to_string();
+        let problem = |message: String| (line, format!("service {label}: {message}"));
+
+        rules::dns_name("name", &id.name).map_err(problem)?;
+        rules::dns_name("namespace", &id.namespace).map_err(problem)?;
+        if let Some(vip) = raw.vip {
+            rules.vip(vip).map_err(problem)?;
+        }
+        for alias in &raw.aliases {
+            rules::dns_name("alias", alias).map_err(problem)?;
+        }
+        let instances = instances(raw.instance, &id, rules)?;
+        if !instances.is_empty() && instances.iter().all(|instance| instance.weight == 0) {
+            return Err(problem("every instance has weight 0".into()));
+        }
+        let by_weight = matches!(raw.policy, Policy::Random | Policy::LeastConnections);
+        for (key, set) in [
+            ("policy", !by_weight),
+            ("affinity", raw.affinity.is_some()),
+            ("drain", raw.drain.is_some()),
+            ("retry", raw.retry.is_some()),
+            ("eject", raw.eject.is_some()),
+            ("check", raw.check.is_some()),
+        ] {
+            if set {
+                self.later.insert(key);
+            }
+        }
+        let vip = raw.vip.map(|vip| vip.to_canonical());
+        let service = Service { id, vip, aliases: raw.aliases, policy: raw.policy, instances };
+        self.claims.add(&service).map_err(problem)?;
+        self.services.push(service);
+        Ok(())
+    }
+}
+
+fn instances(raw: Vec<Located<RawInstance>>, service: &ServiceId, rules: &Rules) -> Result<Vec<Instance>, Problem> {
+    let (mut ids, mut endpoints) = (HashSet::new(), HashSet::new());
+    let mut instances = Vec::with_capacity(raw.len());
+    for Located { line, value: raw } in raw {
+        let problem = |message: String| (line, format!("service {service}: instance {:?}: {message}", raw.id));
+        rules::instance_id(&raw.id).map_err(problem)?;
+        rules.backend(raw.address).map_err(problem)?;
+        let address = raw.address.to_canonical();
+        if !ids.insert(raw.id.clone()) {
+            return Err(problem("the id is used twice".into()));
+        }
+        if !endpoints.insert((address, raw.port)) {
+            return Err(problem(format!("{address} port {} is used twice", raw.port)));
+        }
+        let RawInstance { id, port, weight, zone, health, .. } = raw;
+        instances.push(Instance { id, address, port, weight, zone, health });
+    }
+    Ok(instances)
+}

@@ -1,0 +1,194 @@
+use tempfile::TempDir;
+
+use super::*;
+use crate::registry::rules;
+
+const GOOD: &str = r#"
+[[service]]
+name = "a"
+namespace = "service.local"
+port = 80
+[[service.instance]]
+id = "a-1"
+address = "10.0.0.1"
+port = 8080
+"#;
+
+fn source(dir: &TempDir, file: &str, text: &str) -> Source {
+    let path = dir.path().join(file);
+    fs::write(&path, text).unwrap();
+    Source::new(path, rules::for_tests())
+}
+
+/// Reads `text` as a file of that name; the error's text, without the folder.
+fn refusal(file: &str, text: &str) -> String {
+    let dir = TempDir::new().unwrap();
+    let news = source(&dir, file, text).read(true);
+    assert_eq!(news.snapshot, None, "{text}");
+    let error = news.error.unwrap_or_else(|| panic!("taken: {text}")).to_string();
+    error.replace(&format!("{}/", dir.path().display()), "")
+}
+
+#[test]
+fn the_three_formats_say_the_same() {
+    let dir = TempDir::new().unwrap();
+    let yaml = "service:\n- name: a\n  namespace: service.local\n  port: 80\n  instance:\n  - {id: a-1, address: 10.0.0.1, port: 8080}\n";
+    let json = r#"{"service": [{"name": "a", "namespace": "service.local", "port": 80,
+        "instance": [{"id": "a-1", "address": "10.0.0.1", "port": 8080}]}]}"#;
+    let toml = source(&dir, "s.toml", GOOD).read(true).snapshot.unwrap();
+    assert_eq!(toml.services.len(), 1);
+    assert_eq!(source(&dir, "s.yaml", yaml).read(true).snapshot.unwrap(), toml);
+    assert_eq!(source(&dir, "s.json", json).read(true).snapshot.unwrap(), toml);
+}
+
+#[test]
+fn every_key_of_the_contract_is_taken() {
+    let dir = TempDir::new().unwrap();
+    let text = r#"
+[[service]]
+name      = "backend"
+namespace = "service.local"
+protocol  = "udp"
+port      = 8080
+vip       = "127.128.0.10"
+aliases   = ["backend"]
+policy    = "maglev"
+affinity  = "3h"
+drain     = "20s"
+retry     = { attempts = 2, syn_timeout = "50ms" }
+eject     = { failures = 5, base = "30s", max = "300s", max_percent = 50 }
+check     = { type = "tcp", interval = "5s" }
+
+[[service.instance]]
+id      = "task-1"
+address = "10.0.2.45"
+port    = 31080
+weight  = 100
+zone    = "use1-az1"
+health  = "draining"
+"#;
+    let news = source(&dir, "s.toml", text).read(true);
+    assert_eq!(news.error, None);
+    let service = &news.snapshot.unwrap().services[0];
+    assert_eq!(service.id.to_string(), "backend.service.local:8080/udp");
+    assert_eq!(service.instances[0].zone.as_deref(), Some("use1-az1"));
+}
+
+#[test]
+fn bad_input_is_named_with_file_and_line() {
+    let instance = |line: &str| GOOD.replace("address = \"10.0.0.1\"", line);
+    let cases = [
+        ("s.toml", "[[service]]\nname = ".to_owned(), "s.toml:2: "),
+        ("s.yaml", "service:\n- name: [".to_owned(), "s.yaml:2: "),
+        ("s.json", "{\"service\": [\n{]}".to_owned(), "s.json:2: "),
+        ("s.toml", GOOD.replace("port = 80\n", "port = 80\ncolour = 1\n"), "s.toml:6: unknown field `colour`"),
+        ("s.yaml", "service:\n- name: a\n  colour: 1\n".to_owned(), "s.yaml:3: unknown field `colour`"),
+        ("s.json", "{\"service\": [{\n\"colour\": 1}]}".to_owned(), "s.json:2: unknown field `colour`"),
+        ("s.toml", GOOD.replace("port = 80\n", "port = 0\n"), "s.toml:5: "),
+        ("s.toml", GOOD.replace("port = 80\n", "port = 65536\n"), "s.toml:5: "),
+        ("s.toml", instance("address = \"10.0.0\""), "s.toml:8: "),
+        ("s.toml", format!("{GOOD}{GOOD}"), "s.toml:11: service a.service.local:80/tcp: the service is defined twice"),
+        ("s.toml", GOOD.replace("port = 80\n", "port = 80\nvip = \"10.1.1.1\"\n"), "s.toml:2: service a.service.local:80/tcp: vip 10.1.1.1 is outside"),
+        (
+            "s.toml",
+            format!("{}{}", GOOD.replace("port = 80\n", "port = 80\nvip = \"127.128.0.1\"\n"), GOOD.replace("\"a\"", "\"b\"").replace("port = 80\n", "port = 80\nvip = \"127.128.0.1\"\n")),
+            "s.toml:12: service b.service.local:80/tcp: vip 127.128.0.1 port 80/tcp is already taken by service a.service.local:80/tcp",
+        ),
+        ("s.toml", format!("{GOOD}weight = 0\n"), "s.toml:2: service a.service.local:80/tcp: every instance has weight 0"),
+        ("s.toml", instance("address = \"127.0.0.1\""), "s.toml:6: service a.service.local:80/tcp: instance \"a-1\": address 127.0.0.1 is a loopback address"),
+        ("s.toml", instance("address = \"127.128.0.9\""), "s.toml:6: service a.service.local:80/tcp: instance \"a-1\": address 127.128.0.9 lies in a VIP range"),
+        ("s.toml", GOOD.replace("\"a\"", "\"a b\""), "s.toml:2: service a b.service.local:80/tcp: name \"a b\" is not a DNS name"),
+        ("s.conf", GOOD.to_owned(), "s.conf: the file's name must end in"),
+    ];
+    for (file, text, expected) in cases {
+        let refusal = refusal(file, &text);
+        assert!(refusal.starts_with(expected), "{refusal}\nshould start with\n{expected}");
+        assert!(!refusal.contains('\n'), "{refusal}");
+    }
+}
+
+#[test]
+fn a_file_over_the_limit_is_refused() {
+    let text = "#".repeat(50_000_000);
+    assert_eq!(refusal("s.toml", &text), "s.toml: the file has 50000000 bytes; the limit is 33554432");
+}
+
+#[test]
+fn a_bad_file_keeps_what_it_held() {
+    let dir = TempDir::new().unwrap();
+    let mut source = source(&dir, "s.toml", GOOD);
+    assert!(source.read(true).snapshot.is_some());
+    fs::write(dir.path().join("s.toml"), "[[service]]\nname = ").unwrap();
+    let news = source.read(true);
+    assert_eq!(news.snapshot, None);
+    assert_eq!(news.error.unwrap().line, Some(2));
+    fs::write(dir.path().join("s.toml"), GOOD).unwrap();
+    let news = source.read(true);
+    assert_eq!((news.snapshot, news.error), (None, None), "nothing changed");
+}
+
+#[test]
+fn emptiness_by_accident_removes_nothing_but_an_empty_list_does() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("s.toml");
+    let mut source = source(&dir, "s.toml", GOOD);
+    assert!(source.read(true).snapshot.is_some());
+    for empty in ["", " \n", "# nothing\n"] {
+        fs::write(&path, empty).unwrap();
+        let news = source.read(true);
+        assert_eq!(news.snapshot, None, "{empty:?}");
+        assert!(news.error.unwrap().message.contains("what it held is kept"));
+    }
+    fs::remove_file(&path).unwrap();
+    let news = source.read(true);
+    assert!(news.snapshot.is_none() && news.error.is_some());
+
+    fs::write(&path, "service = []").unwrap();
+    let news = source.read(true);
+    assert_eq!(news.error, None);
+    assert_eq!(news.snapshot, Some(Snapshot { services: vec![], complete: true }));
+}
+
+#[test]
+fn an_empty_file_at_start_serves_nothing_and_prunes_nothing() {
+    let dir = TempDir::new().unwrap();
+    let news = source(&dir, "s.toml", "").read(true);
+    assert_eq!(news.error, None);
+    assert_eq!(news.snapshot, Some(Snapshot { services: vec![], complete: false }));
+}
+
+#[test]
+fn a_folder_is_the_sum_of_its_files() {
+    let dir = TempDir::new().unwrap();
+    let folder = dir.path().join("services.d");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("a.toml"), GOOD).unwrap();
+    fs::write(folder.join("b.toml"), GOOD.replace("\"a\"", "\"b\"")).unwrap();
+    fs::write(folder.join("notes.txt"), "not ours").unwrap();
+    fs::write(folder.join(".hidden.toml"), "not ours").unwrap();
+    let mut source = Source::new(folder.clone(), rules::for_tests());
+    let news = source.read(true);
+    assert_eq!(news.error, None);
+    assert_eq!(news.snapshot.unwrap().services.len(), 2);
+
+    // A bad file spoils only itself, a repeated service only the later file.
+    fs::write(folder.join("c.toml"), "[").unwrap();
+    fs::write(folder.join("d.toml"), GOOD).unwrap();
+    let news = source.read(true);
+    let snapshot = news.snapshot.unwrap();
+    assert_eq!((snapshot.services.len(), snapshot.complete), (2, false));
+    assert!(news.error.unwrap().path.ends_with("c.toml"));
+    fs::remove_file(folder.join("c.toml")).unwrap();
+    let error = source.read(true).error.unwrap();
+    assert!(error.path.ends_with("d.toml") && error.message.contains("defined twice"), "{error}");
+
+    // A file that goes takes its services along; a folder that goes does not.
+    fs::remove_file(folder.join("d.toml")).unwrap();
+    fs::remove_file(folder.join("b.toml")).unwrap();
+    assert_eq!(source.read(true).snapshot.unwrap().services.len(), 1);
+    fs::remove_file(folder.join("a.toml")).unwrap();
+    assert!(source.read(true).error.unwrap().message.contains("kept"));
+    fs::remove_dir_all(&folder).unwrap();
+    let news = source.read(true);
+    assert!(news.snapshot.is_none() && news.error.is_some());
+}
