@@ -32,7 +32,9 @@ pub struct Catalog {
     pub services: BTreeMap<ServiceId, Entry>,
     /// Records left out, and why.
     pub conflicts: Vec<String>,
-    /// Whether every registry has delivered everything it has.
+    /// Whether every registry has delivered something.
+    pub delivered: bool,
+    /// Whether what they delivered is everything there is.
     pub complete: bool,
 }
 
@@ -41,6 +43,7 @@ impl Catalog {
     /// name or VIP wins. `vips` gives VIPs to the names that have none.
     pub fn build(snapshots: &[Option<Arc<Snapshot>>], vips: &mut Vips) -> Self {
         let mut catalog = Self {
+            delivered: snapshots.iter().all(Option::is_some),
             complete: snapshots.iter().all(|snapshot| snapshot.as_ref().is_some_and(|s| s.complete)),
             ..Self::default()
         };

@@ -1,7 +1,6 @@
 //! The configuration file: read with [`load`], checked whole, then used.
 
 use std::{
-    collections::BTreeMap,
     fs, io,
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -14,7 +13,9 @@ use mesh_common::{
 };
 use serde::Deserialize;
 
-use crate::{datapath::mounts, plan::applied::Sizes, registry::Rules};
+use tokio::sync::mpsc;
+
+use crate::{datapath::mounts, plan::applied::Sizes, registry::Rules, watch};
 
 /// Where the configuration is looked for when no file is named.
 pub const DEFAULT_PATH: &str = "/etc/mesh/mesh.toml";
@@ -227,11 +228,10 @@ fn parse(path: &Path, text: &str) -> Result<Config, Error> {
             return Err(invalid(Some(raw.datapath.span().start), message));
         }
     }
-    let mut registries: BTreeMap<usize, Registry> = BTreeMap::new();
-    for (index, table) in raw.registry.into_iter().enumerate() {
+    let mut registries = Vec::new();
+    for table in raw.registry {
         let at = table.span().start;
-        let registry = registry(table.into_inner()).map_err(|message| invalid(Some(at), message))?;
-        registries.insert(index, registry);
+        registries.push(registry(table.into_inner()).map_err(|message| invalid(Some(at), message))?);
     }
     Ok(Config {
         path: (!path.as_os_str().is_empty()).then(|| path.into()),
@@ -244,7 +244,7 @@ fn parse(path: &Path, text: &str) -> Result<Config, Error> {
             allow_loopback: raw.backends.allow_loopback,
         },
         datapath: raw.datapath.into_inner(),
-        registries: registries.into_values().collect(),
+        registries,
         later: raw.dns.map(|_| "dns").into_iter().collect(),
     })
 }
@@ -274,6 +274,36 @@ fn vip_ranges(ranges: &toml::Spanned<Vec<toml::Spanned<IpNet>>>) -> Result<Vec<I
         }
     }
     Ok(list.iter().map(|range| *range.get_ref()).collect())
+}
+
+impl Registry {
+    /// Its type, and what tells it from others of that type.
+    pub fn label(&self) -> (&'static str, String) {
+        match self {
+            Self::File { path } => ("file", path.display().to_string()),
+        }
+    }
+}
+
+/// Tells when the configuration file was written, moved into place or removed.
+pub fn changes(path: Option<PathBuf>) -> mpsc::Receiver<()> {
+    let (tell, told) = mpsc::channel(1);
+    if let Some(path) = path {
+        tokio::spawn(async move {
+            let dir = match path.parent() {
+                Some(dir) if !dir.as_os_str().is_empty() => dir,
+                _ => Path::new("."),
+            };
+            let only = path.file_name().map(ToOwned::to_owned);
+            let watcher = watch::folder(dir, only, tell.clone());
+            if watcher.is_none() {
+                tracing::warn!("cannot watch {}; SIGHUP still reloads it", path.display());
+            }
+            // The watcher lives as long as somebody listens.
+            tell.closed().await;
+        });
+    }
+    told
 }
 
 impl Config {

@@ -15,7 +15,7 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader, VerifierLogLevel,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray},
+    maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray},
     programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, links::FdLink},
 };
 use mesh_common::{
@@ -394,6 +394,15 @@ fn pinned(pins: &Pins, name: &'static str, key: usize, value: usize) -> Result<M
         return Err(Error::ForeignMap { name: name.into(), path });
     }
     Ok(data)
+}
+
+/// What the kernel says of each pinned map.
+pub fn pinned_maps(pins: &Pins) -> Result<Vec<(&'static str, MapInfo)>> {
+    let info = |name| {
+        let data = MapData::from_pin(pins.map(name)).map_err(map_error(name))?;
+        Ok((name, data.info().map_err(map_error(name))?))
+    };
+    map::ALL.into_iter().map(info).collect()
 }
 
 fn entries(data: &MapData, name: &'static str) -> Result<u32> {

@@ -1,8 +1,14 @@
 //! mesh's node daemon: registry → catalog → plan → datapath → kernel.
 
+pub mod api;
 pub mod catalog;
+pub mod cli;
 pub mod config;
+pub mod daemon;
 pub mod datapath;
 pub mod model;
 pub mod plan;
+pub mod reconcile;
 pub mod registry;
+mod watch;
+pub mod web;

@@ -1,1 +1,16 @@
-fn main() { mesh_userspace::datapath::probe().unwrap(); println!("ok"); }
+//! The `mesh` binary.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use mesh_userspace::cli::Cli;
+
+fn main() -> ExitCode {
+    match Cli::parse().run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("mesh: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -4,6 +4,7 @@
 use std::{sync::Arc, time::SystemTime};
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 use crate::model::Service;
 
@@ -59,5 +60,49 @@ impl State {
             error: None,
             snapshot: None,
         }
+    }
+}
+
+/// One registry's place among all of them.
+#[derive(Clone, Debug)]
+pub struct Publisher {
+    all: watch::Sender<Vec<State>>,
+    place: usize,
+}
+
+impl Publisher {
+    pub fn new(all: watch::Sender<Vec<State>>, place: usize) -> Self {
+        Self { all, place }
+    }
+
+    /// A read that worked. Receivers are told only if it changed something.
+    pub fn synced(&self, snapshot: Option<Snapshot>, error: Option<String>) {
+        self.all.send_if_modified(|all| all[self.place].update(snapshot, error));
+    }
+}
+
+impl State {
+    fn update(&mut self, snapshot: Option<Snapshot>, error: Option<String>) -> bool {
+        let before = (self.sync, self.snapshot.is_some());
+        if error.is_none() {
+            self.last_sync = Some(SystemTime::now());
+        }
+        let new = snapshot.is_some();
+        if let Some(snapshot) = snapshot {
+            self.snapshot = Some(Arc::new(snapshot));
+        }
+        self.sync = match (&error, &self.snapshot) {
+            (None, _) => Sync::Synced,
+            (Some(_), Some(_)) => Sync::Stale,
+            (Some(_), None) => Sync::Failed,
+        };
+        if self.error != error {
+            match &error {
+                Some(error) => tracing::error!("{error}"),
+                None => tracing::info!("registry {} {} is well again", self.kind, self.source),
+            }
+        }
+        self.error = error;
+        new || before != (self.sync, self.snapshot.is_some())
     }
 }

@@ -1,5 +1,7 @@
 //! The alias method (Walker 1974, Vose 1991): a weighted pick with one look-up.
 
+use std::collections::BTreeMap;
+
 use mesh_common::abi::SlotWord;
 
 const ONE: u128 = 1 << 16;
@@ -30,23 +32,23 @@ pub fn table(weights: &[(u32, u32)]) -> Vec<SlotWord> {
     words
 }
 
+/// The share of new connections that each backend id of a table gets; they add up to 1.
+pub fn shares(words: &[SlotWord]) -> BTreeMap<u32, f64> {
+    let mut shares = BTreeMap::new();
+    for word in words {
+        // A slot whose alias is its backend always yields that backend.
+        let own = if word.backend() == word.alias() { 1.0 } else { f64::from(word.threshold()) / 65_536.0 };
+        *shares.entry(word.backend()).or_default() += own / words.len() as f64;
+        *shares.entry(word.alias()).or_default() += (1.0 - own) / words.len() as f64;
+    }
+    shares
+}
+
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use proptest::prelude::*;
 
     use super::*;
-
-    fn shares(words: &[SlotWord]) -> BTreeMap<u32, f64> {
-        let mut shares = BTreeMap::new();
-        for word in words {
-            let own = f64::from(word.threshold()) / 65_536.0;
-            *shares.entry(word.backend()).or_default() += own / words.len() as f64;
-            *shares.entry(word.alias()).or_default() += (1.0 - own) / words.len() as f64;
-        }
-        shares
-    }
 
     #[test]
     fn no_backends_no_slots() {

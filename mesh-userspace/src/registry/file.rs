@@ -5,21 +5,21 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::OsString,
     fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
-use notify::{EventKind, RecursiveMode, Watcher, event::AccessKind, event::AccessMode};
+use notify::RecommendedWatcher;
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{mpsc, watch::Receiver},
     time::MissedTickBehavior,
 };
 
-use super::{Claims, Rules, Snapshot, State, Sync};
-use crate::model::Service;
+use super::{Claims, Publisher, Rules, Snapshot};
+use crate::{model::Service, watch};
 
 mod format;
 
@@ -32,11 +32,11 @@ pub const MAX_FILE: u64 = 32 << 20;
 /// systems, a folder that comes back) is noticed by then.
 const POLL: Duration = Duration::from_secs(1);
 
-/// Publishes the content of `path` until the receivers are gone. `reload` asks for a fresh read.
-pub async fn run(path: PathBuf, rules: Rules, state: watch::Sender<State>, mut reload: watch::Receiver<u64>) {
+/// Publishes the content of `path` for as long as it runs. `reload` asks for a fresh read.
+pub async fn run(path: PathBuf, rules: Rules, publisher: Publisher, mut reload: Receiver<u64>) {
     let (tell, mut told) = mpsc::channel(1);
     let mut source = Source::new(path, rules);
-    let mut watcher = None;
+    let mut watcher: Option<(RecommendedWatcher, (u64, u64))> = None;
     let mut poll = tokio::time::interval(POLL);
     poll.set_missed_tick_behavior(MissedTickBehavior::Skip);
     loop {
@@ -44,14 +44,13 @@ pub async fn run(path: PathBuf, rules: Rules, state: watch::Sender<State>, mut r
             _ = poll.tick() => false,
             Some(()) = told.recv() => true,
             Ok(()) = reload.changed() => true,
-            () = state.closed() => return,
         };
         // The watch first, then the read: a change between the two is seen by one of them.
-        if watcher.is_none() {
-            watcher = watch(&source.watched(), tell.clone());
-        }
-        if !source.watched().exists() {
-            watcher = None;
+        // A folder that was removed and made again is another one.
+        let (dir, only) = source.watched();
+        let inode = fs::metadata(&dir).ok().map(|meta| (meta.dev(), meta.ino()));
+        if watcher.as_ref().map(|(_, inode)| *inode) != inode {
+            watcher = inode.and_then(|inode| Some((watch::folder(&dir, only, tell.clone())?, inode)));
         }
         let read = tokio::task::spawn_blocking(move || {
             let news = source.read(changed);
@@ -59,51 +58,8 @@ pub async fn run(path: PathBuf, rules: Rules, state: watch::Sender<State>, mut r
         });
         let news;
         (source, news) = read.await.expect("reading files does not panic");
-        publish(&state, news);
+        publisher.synced(news.snapshot, news.error.map(|error| error.to_string()));
     }
-}
-
-fn publish(state: &watch::Sender<State>, news: News) {
-    state.send_if_modified(|state| {
-        let error = news.error.map(|error| error.to_string());
-        let before = (state.sync, state.error.clone(), state.snapshot.is_some());
-        if error.is_none() {
-            state.last_sync = Some(SystemTime::now());
-        }
-        if let Some(snapshot) = news.snapshot.clone() {
-            state.snapshot = Some(Arc::new(snapshot));
-        }
-        state.sync = match (&error, &state.snapshot) {
-            (None, _) => Sync::Synced,
-            (Some(_), Some(_)) => Sync::Stale,
-            (Some(_), None) => Sync::Failed,
-        };
-        if let Some(error) = &error
-            && state.error.as_ref() != Some(error)
-        {
-            tracing::error!("{error}");
-        }
-        state.error = error;
-        news.snapshot.is_some() || before != (state.sync, state.error.clone(), state.snapshot.is_some())
-    });
-}
-
-/// Watches a folder for files that were completely written, moved or removed.
-fn watch(dir: &Path, tell: mpsc::Sender<()>) -> Option<notify::RecommendedWatcher> {
-    let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        let relevant = event.is_ok_and(|event| match event.kind {
-            EventKind::Access(AccessKind::Close(AccessMode::Write)) | EventKind::Remove(_) => true,
-            EventKind::Modify(kind) => matches!(kind, notify::event::ModifyKind::Name(_)),
-            _ => false,
-        });
-        if relevant {
-            // Full means that a read is already due.
-            let _ = tell.try_send(());
-        }
-    });
-    let mut watcher = watcher.ok()?;
-    watcher.watch(dir, RecursiveMode::NonRecursive).ok()?;
-    Some(watcher)
 }
 
 /// What tells one content of a file from another without reading it.
@@ -147,14 +103,13 @@ impl Source {
         Self { path, rules, files: BTreeMap::new(), published: None }
     }
 
-    /// The folder whose changes matter.
-    fn watched(&self) -> PathBuf {
-        let parent = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
-        match parent {
-            Some(parent) if !self.path.is_dir() => parent.to_path_buf(),
-            None if !self.path.is_dir() => ".".into(),
-            _ => self.path.clone(),
+    /// The folder whose changes matter, and the one name in it if this is about one file.
+    fn watched(&self) -> (PathBuf, Option<OsString>) {
+        if self.path.is_dir() {
+            return (self.path.clone(), None);
         }
+        let parent = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        (parent.unwrap_or(Path::new(".")).into(), self.path.file_name().map(ToOwned::to_owned))
     }
 
     /// Reads what changed; everything if `all`.

@@ -1,0 +1,374 @@
+//! The objects of the API, and how they are made from what the daemon knows.
+
+use std::{net::IpAddr, time::SystemTime};
+
+use mesh_common::abi::map;
+use serde::{Deserialize, Serialize};
+
+use super::Dialled;
+use crate::{
+    catalog::{Entry, endpoint, frontend},
+    daemon::View,
+    datapath::PROGRAMS,
+    model::{Health, Policy, Protocol},
+    plan::{Applied, alias},
+    registry::Sync,
+};
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Status {
+    pub version: String,
+    /// Programs in place, every registry heard, everything they said written.
+    pub ready: bool,
+    pub cgroup: String,
+    pub pin_dir: String,
+    pub programs: Vec<Program>,
+    pub registries: Vec<Registry>,
+    pub maps: Vec<MapUse>,
+    pub services: usize,
+    pub backends: usize,
+    /// Records left out, services that did not fit, failed writes.
+    pub problems: Vec<String>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Program {
+    pub name: String,
+    pub attached: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Registry {
+    pub r#type: String,
+    pub source: String,
+    pub state: Sync,
+    /// RFC 3339.
+    pub last_sync: Option<String>,
+    pub error: Option<String>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct MapUse {
+    pub name: String,
+    pub used: u32,
+    pub max: u32,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Service {
+    pub name: String,
+    pub namespace: String,
+    pub protocol: Protocol,
+    pub port: u16,
+    pub vips: Vec<IpAddr>,
+    pub aliases: Vec<String>,
+    pub policy: Policy,
+    pub backends: Counts,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    pub total: usize,
+    pub active: usize,
+    pub draining: usize,
+    pub unhealthy: usize,
+    pub ejected: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendState {
+    Active,
+    Draining,
+    Unhealthy,
+    Ejected,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Backend {
+    /// None while it is not in the maps.
+    pub id: Option<u32>,
+    pub service: String,
+    pub namespace: String,
+    pub instance: String,
+    pub address: IpAddr,
+    pub port: u16,
+    pub zone: Option<String>,
+    pub weight: u16,
+    pub state: BackendState,
+    pub connections: Connections,
+}
+
+/// Not counted by this version of the datapath: null.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Connections {
+    pub active: Option<u64>,
+    pub opened: Option<u64>,
+    pub failed: Option<u64>,
+}
+
+/// What a `connect()` would do.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Explanation {
+    pub target: String,
+    pub protocol: Option<Protocol>,
+    pub verdict: Verdict,
+    pub reason: String,
+    pub service: Option<String>,
+    pub backends: Vec<Share>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Verdict {
+    /// Goes where it was going.
+    Untouched,
+    /// Fails with ECONNREFUSED.
+    Refused,
+    /// Goes to one of the backends.
+    Translated,
+}
+
+/// A backend and its part of new connections, between 0 and 1.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Share {
+    pub id: u32,
+    pub address: IpAddr,
+    pub port: u16,
+    pub share: f64,
+}
+
+impl From<Health> for BackendState {
+    fn from(health: Health) -> Self {
+        match health {
+            Health::Healthy => Self::Active,
+            Health::Unhealthy => Self::Unhealthy,
+            Health::Draining => Self::Draining,
+        }
+    }
+}
+
+impl Status {
+    pub fn of(view: &View) -> Self {
+        let programs = PROGRAMS.map(|name| Program {
+            name: name.into(),
+            attached: view.pins.link_info(name).is_some(),
+        });
+        let report = view.report.borrow().clone();
+        let catalog = view.catalog.borrow().clone();
+        let conflicts = catalog.iter().flat_map(|catalog| &catalog.conflicts).cloned();
+        let states = view.registries.borrow().clone();
+        Self {
+            version: env!("CARGO_PKG_VERSION").into(),
+            ready: view.ready() && programs.iter().all(|program| program.attached),
+            cgroup: view.cgroup.display().to_string(),
+            pin_dir: view.config.borrow().node.pin_dir.display().to_string(),
+            programs: programs.into(),
+            registries: states
+                .into_iter()
+                .map(|state| Registry {
+                    r#type: state.kind.into(),
+                    source: state.source,
+                    state: state.sync,
+                    last_sync: state.last_sync.map(rfc3339),
+                    error: state.error,
+                })
+                .collect(),
+            maps: view.maps(),
+            services: catalog.as_ref().map_or(0, |catalog| catalog.services.len()),
+            backends: catalog.iter().flat_map(|c| c.services.values()).map(|e| e.service.instances.len()).sum(),
+            problems: conflicts.chain(report.refused).chain(report.error).collect(),
+        }
+    }
+}
+
+impl View {
+    /// Whether everything the registries said is in the kernel.
+    pub fn ready(&self) -> bool {
+        let report = self.report.borrow();
+        let heard = self.registries.borrow().iter().all(|state| state.snapshot.is_some());
+        report.attached && report.error.is_none() && report.settled && heard
+    }
+
+    pub fn maps(&self) -> Vec<MapUse> {
+        let applied = self.applied.read().expect("no writer panics");
+        let alloc = &applied.alloc;
+        let frontends = u32::try_from(applied.frontends.len()).expect("map sizes are 32-bit");
+        [
+            (map::FRONTENDS, frontends, alloc.services.max()),
+            (map::SERVICES, alloc.services.used(), alloc.services.max()),
+            (map::BACKENDS, alloc.backends.used(), alloc.backends.max()),
+            (map::SLOTS, alloc.slots.used(), alloc.slots.max()),
+        ]
+        .map(|(name, used, max)| MapUse { name: name.into(), used, max })
+        .into()
+    }
+}
+
+impl Counts {
+    fn add(&mut self, state: BackendState) {
+        self.total += 1;
+        *match state {
+            BackendState::Active => &mut self.active,
+            BackendState::Draining => &mut self.draining,
+            BackendState::Unhealthy => &mut self.unhealthy,
+            BackendState::Ejected => &mut self.ejected,
+        } += 1;
+    }
+
+    /// Of all backends together.
+    pub fn of_all(view: &View) -> Self {
+        let mut counts = Self::default();
+        let catalog = view.catalog.borrow().clone();
+        let instances = catalog.iter().flat_map(|c| c.services.values()).flat_map(|e| &e.service.instances);
+        instances.for_each(|instance| counts.add(instance.health.into()));
+        counts
+    }
+}
+
+impl Service {
+    pub fn all(view: &View) -> Vec<Self> {
+        let catalog = view.catalog.borrow().clone();
+        catalog.iter().flat_map(|catalog| catalog.services.values()).map(Self::of).collect()
+    }
+
+    fn of(entry: &Entry) -> Self {
+        let service = &entry.service;
+        let mut backends = Counts::default();
+        service.instances.iter().for_each(|instance| backends.add(instance.health.into()));
+        Self {
+            name: service.id.name.clone(),
+            namespace: service.id.namespace.clone(),
+            protocol: service.id.protocol,
+            port: service.id.port.get(),
+            vips: entry.vips.clone(),
+            aliases: service.aliases.clone(),
+            policy: service.policy,
+            backends,
+        }
+    }
+}
+
+impl Backend {
+    pub fn all(view: &View) -> Vec<Self> {
+        let catalog = view.catalog.borrow().clone();
+        let applied = view.applied.read().expect("no writer panics");
+        catalog.iter().flat_map(|catalog| catalog.services.values()).flat_map(|entry| Self::of(entry, &applied)).collect()
+    }
+
+    fn of(entry: &Entry, applied: &Applied) -> Vec<Self> {
+        let id = &entry.service.id;
+        let behind = |vip: &IpAddr| {
+            let frontend = frontend(id, *vip);
+            entry.instances(*vip).map(move |instance| Self {
+                id: applied.backend_id(&frontend, &endpoint(instance)),
+                service: id.name.clone(),
+                namespace: id.namespace.clone(),
+                instance: instance.id.clone(),
+                address: instance.address,
+                port: instance.port.get(),
+                zone: instance.zone.clone(),
+                weight: instance.weight,
+                state: instance.health.into(),
+                connections: Connections::default(),
+            })
+        };
+        entry.vips.iter().flat_map(behind).collect()
+    }
+}
+
+impl Explanation {
+    /// One answer for each protocol and port that the target may mean; what is unknown is an
+    /// error only for a name, because an address can always be dialled.
+    pub fn of(view: &View, dialled: &Dialled) -> Result<Vec<Self>, String> {
+        let catalog = view.catalog.borrow().clone().unwrap_or_default();
+        let applied = view.applied.read().expect("no writer panics");
+        let entries = catalog.services.values();
+        let (found, address): (Vec<(&Entry, IpAddr)>, _) = match dialled {
+            Dialled::Address { address, port } => {
+                let at = entries.filter(|entry| entry.vips.contains(address));
+                let at = at.filter(|entry| port.is_none_or(|port| port == entry.service.id.port.get()));
+                (at.map(|entry| (entry, *address)).collect(), Some((*address, *port)))
+            }
+            Dialled::Name { name, port } => {
+                let named = entries.filter(|entry| entry.service.answers_to(name));
+                let found: Vec<_> = named.flat_map(|entry| entry.vips.iter().map(move |vip| (entry, *vip))).collect();
+                let Some((_, vip)) = found.first().copied() else {
+                    return Err(format!("no service is named {name:?}"));
+                };
+                let at = found.into_iter().filter(|(entry, _)| port.is_none_or(|port| port == entry.service.id.port.get()));
+                (at.collect(), Some((vip, *port)))
+            }
+        };
+        if !found.is_empty() {
+            return Ok(found.into_iter().map(|(entry, vip)| Self::translated(entry, vip, &applied)).collect());
+        }
+        let (address, port) = address.expect("set above");
+        let target = port.map_or(address.to_string(), |port| join(address, port));
+        let unknown = |verdict, reason: &str| Self {
+            target,
+            protocol: None,
+            verdict,
+            reason: reason.into(),
+            service: None,
+            backends: Vec::new(),
+        };
+        let in_range = view.config.borrow().rules.vip(address).is_ok();
+        Ok(vec![match in_range {
+            true => unknown(Verdict::Refused, "the address is in a VIP range, but no service has it on this port"),
+            false => unknown(Verdict::Untouched, "the address is in no VIP range"),
+        }])
+    }
+
+    fn translated(entry: &Entry, vip: IpAddr, applied: &Applied) -> Self {
+        let id = &entry.service.id;
+        let frontend = frontend(id, vip);
+        let backends = shares(applied, applied.frontends.get(&frontend).copied());
+        let (verdict, reason) = if !applied.frontends.contains_key(&frontend) {
+            (Verdict::Refused, "the service is not in the maps; `mesh status` says why".to_owned())
+        } else if backends.is_empty() {
+            (Verdict::Refused, "the service has no backend".to_owned())
+        } else {
+            (Verdict::Translated, format!("{} of {} backends get new connections", backends.len(), entry.instances(vip).count()))
+        };
+        Self {
+            target: join(vip, id.port.get()),
+            protocol: Some(id.protocol),
+            verdict,
+            reason,
+            service: Some(id.to_string()),
+            backends,
+        }
+    }
+}
+
+/// The backends that a service's slots lead to, as the maps have it.
+pub fn shares(applied: &Applied, service: Option<u32>) -> Vec<Share> {
+    let Some(service) = service.and_then(|id| applied.services.get(&id)) else { return Vec::new() };
+    let shares = alias::shares(&service.words);
+    let backends = service.backends.iter().filter_map(|(endpoint, id)| {
+        Some(Share {
+            id: *id,
+            address: endpoint.address.ip(),
+            port: endpoint.port.get(),
+            share: *shares.get(id)?,
+        })
+    });
+    backends.collect()
+}
+
+impl crate::model::Service {
+    fn answers_to(&self, name: &str) -> bool {
+        let full = |short: &str| name == short || name == format!("{short}.{}", self.id.namespace);
+        full(&self.id.name) || self.aliases.iter().any(|alias| full(alias))
+    }
+}
+
+/// `ADDRESS:PORT`, or `[ADDRESS]:PORT` for IPv6.
+pub fn join(address: IpAddr, port: u16) -> String {
+    std::net::SocketAddr::new(address, port).to_string()
+}
+
+fn rfc3339(time: SystemTime) -> String {
+    humantime::format_rfc3339_millis(time).to_string()
+}

@@ -1,0 +1,248 @@
+//! The command line.
+
+use std::{
+    io::{self, IsTerminal},
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+use crate::{api::objects, config, daemon, datapath, registry};
+
+mod bpf;
+mod check;
+mod output;
+mod show;
+
+use output::{Format, TableFormat};
+
+/// Calls services by name through the kernel: one daemon per node, no sidecar.
+#[derive(Debug, Parser)]
+#[command(name = "mesh", version, arg_required_else_help = true, max_term_width = 100)]
+pub struct Cli {
+    /// The daemon's API socket.
+    #[arg(long, global = true, value_name = "PATH", default_value = "/run/mesh/api.sock")]
+    socket: PathBuf,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the node daemon.
+    Run(ConfigArg),
+    /// Check the kernel, cgroups, capabilities, ports and registries.
+    Check {
+        #[command(flatten)]
+        config: ConfigArg,
+        /// Only what must hold before the daemon can start.
+        #[arg(long)]
+        pre: bool,
+        #[arg(short, long, default_value = "text")]
+        output: check::Format,
+    },
+    /// Show how the daemon is doing.
+    Status {
+        /// One line.
+        #[arg(long, conflicts_with = "verbose")]
+        brief: bool,
+        /// Every map and program.
+        #[arg(long)]
+        verbose: bool,
+        /// Wait until the daemon is ready, this long at most.
+        #[arg(long, value_name = "TIME", num_args = 0..=1, require_equals = true, default_missing_value = "30s", value_parser = humantime::parse_duration)]
+        wait: Option<Duration>,
+        #[arg(short, long, default_value = "table")]
+        output: Format,
+    },
+    /// Show services.
+    #[command(subcommand)]
+    Service(ServiceCommand),
+    /// Show backends.
+    #[command(subcommand)]
+    Backend(BackendCommand),
+    /// Show registries.
+    #[command(subcommand)]
+    Registry(RegistryCommand),
+    /// Say what a connect would do now, and why.
+    Explain {
+        /// ADDRESS, ADDRESS:PORT, NAME or NAME:PORT.
+        target: String,
+        #[arg(short, long, default_value = "table")]
+        output: Format,
+    },
+    /// Show what is in the kernel; works while no daemon runs.
+    #[command(subcommand)]
+    Bpf(BpfCommand),
+    /// Work with configuration files.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Detach the programs and remove every pin; works while no daemon runs.
+    Cleanup(ConfigArg),
+    /// Print the completions for a shell.
+    Completion { shell: clap_complete::Shell },
+    /// Write the man pages.
+    Man { dir: PathBuf },
+}
+
+#[derive(Args, Debug)]
+struct ConfigArg {
+    /// The configuration file [default: /etc/mesh/mesh.toml if there is one]
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+struct ListArgs {
+    #[arg(short, long, default_value = "table")]
+    output: TableFormat,
+    #[arg(long)]
+    no_headers: bool,
+    /// Show it again whenever it changes.
+    #[arg(short, long)]
+    watch: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum ServiceCommand {
+    /// All services.
+    List(ListArgs),
+    /// One service: NAME, NAME.NAMESPACE, or either with :PORT.
+    Get {
+        name: String,
+        #[command(flatten)]
+        list: ListArgs,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum BackendCommand {
+    /// All backends.
+    List(ListArgs),
+}
+
+#[derive(Debug, Subcommand)]
+enum RegistryCommand {
+    /// All registries and how fresh they are.
+    List(ListArgs),
+}
+
+#[derive(Debug, Subcommand)]
+enum BpfCommand {
+    /// The pinned maps.
+    Maps(BpfArgs),
+    /// The attached programs.
+    Programs(BpfArgs),
+    /// Every frontend and where the kernel sends it.
+    Lb(BpfArgs),
+}
+
+#[derive(Args, Debug)]
+struct BpfArgs {
+    #[command(flatten)]
+    config: ConfigArg,
+    #[arg(short, long, default_value = "table")]
+    output: Format,
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Check a configuration file and the services files it names.
+    Validate { file: PathBuf },
+}
+
+impl Cli {
+    /// Does what was asked; errors are for the caller to print.
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let socket = self.socket.as_path();
+        match self.command {
+            Command::Run(arg) => {
+                init_logging();
+                let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+                runtime.block_on(daemon::run(arg.path()))?;
+            }
+            Command::Check { config, pre, output } => return check::run(config.path(), socket, pre, output),
+            Command::Status { brief, verbose, wait, output } => {
+                let detail = if brief { show::Detail::Brief } else if verbose { show::Detail::Verbose } else { show::Detail::Usual };
+                return ask(show::status(socket, detail, wait, output));
+            }
+            Command::Service(ServiceCommand::List(list)) => return ask(show::services(socket, None, &list)),
+            Command::Service(ServiceCommand::Get { name, list }) => return ask(show::services(socket, Some(&name), &list)),
+            Command::Backend(BackendCommand::List(list)) => return ask(show::backends(socket, &list)),
+            Command::Registry(RegistryCommand::List(list)) => return ask(show::registries(socket, &list)),
+            Command::Explain { target, output } => return ask(show::explain(socket, &target, output)),
+            Command::Bpf(BpfCommand::Maps(args)) => bpf::maps(&pins(&args.config, socket)?, args.output)?,
+            Command::Bpf(BpfCommand::Programs(args)) => bpf::programs(&pins(&args.config, socket)?, args.output)?,
+            Command::Bpf(BpfCommand::Lb(args)) => bpf::lb(&pins(&args.config, socket)?, args.output)?,
+            Command::Config(ConfigCommand::Validate { file }) => validate(&file)?,
+            Command::Cleanup(arg) => {
+                let config = config::load(arg.path())?;
+                for path in datapath::cleanup(&datapath::Pins::new(config.node.pin_dir))? {
+                    eprintln!("removed {}", path.display());
+                }
+            }
+            Command::Completion { shell } => {
+                clap_complete::generate(shell, &mut Self::command(), "mesh", &mut io::stdout());
+            }
+            Command::Man { dir } => {
+                std::fs::create_dir_all(&dir)?;
+                clap_mangen::generate_to(Self::command(), dir)?;
+            }
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+impl ConfigArg {
+    fn path(&self) -> Option<&Path> {
+        self.config.as_deref()
+    }
+}
+
+fn ask(question: impl Future<Output = anyhow::Result<ExitCode>>) -> anyhow::Result<ExitCode> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(question)
+}
+
+/// The pin folder: from the file that was named, else from the daemon that runs, else the usual one.
+fn pins(config: &ConfigArg, socket: &Path) -> anyhow::Result<datapath::Pins> {
+    if config.config.is_none() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let status = runtime.block_on(crate::api::client::get::<objects::Status>(socket, "/v1/status"));
+        if let Ok(status) = status {
+            return Ok(datapath::Pins::new(status.pin_dir));
+        }
+    }
+    Ok(datapath::Pins::new(config::load(config.path())?.node.pin_dir))
+}
+
+fn validate(file: &Path) -> anyhow::Result<()> {
+    let config = config::load(Some(file))?;
+    let mut services = 0;
+    for registry in &config.registries {
+        let config::Registry::File { path } = registry;
+        services += registry::file::validate(path, &config.rules)?;
+    }
+    println!("{}: valid; {} registries, {services} services in files", file.display(), config.registries.len());
+    Ok(())
+}
+
+fn init_logging() {
+    let filter = tracing_subscriber::EnvFilter::builder()
+        .with_default_directive(tracing::level_filters::LevelFilter::INFO.into())
+        .with_env_var("MESH_LOG")
+        .from_env_lossy();
+    let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(io::stderr).init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,139 @@
+//! The raw kernel view: read from the pins, without the daemon.
+
+use std::collections::BTreeMap;
+
+use mesh_common::abi::{Backend, Frontend, ServiceWord};
+use serde::Serialize;
+
+use super::output::{Format, or_dash, print, table};
+use crate::{
+    api::objects::{Share, join},
+    datapath::{Maps, PROGRAMS, Pins, pinned_maps},
+    model::Protocol,
+    plan::alias,
+};
+
+#[derive(Serialize)]
+struct MapRow {
+    name: &'static str,
+    id: u32,
+    r#type: String,
+    key_bytes: u32,
+    value_bytes: u32,
+    used: Option<usize>,
+    max: u32,
+}
+
+pub(super) fn maps(pins: &Pins, format: Format) -> anyhow::Result<()> {
+    let dump = Maps::open(pins)?.dump()?;
+    let slots: usize = dump.services.values().map(|word| word.count() as usize).sum();
+    let used = BTreeMap::from([
+        ("FRONTENDS", dump.frontends.len()),
+        ("SERVICES", dump.services.len()),
+        ("BACKENDS", dump.backends.len()),
+        ("SLOTS", slots),
+    ]);
+    let mut rows = Vec::new();
+    for (name, info) in pinned_maps(pins)? {
+        rows.push(MapRow {
+            name,
+            id: info.id(),
+            r#type: info.map_type().map_or("unknown".into(), |kind| format!("{kind:?}")),
+            key_bytes: info.key_size(),
+            value_bytes: info.value_size(),
+            used: used.get(name).copied(),
+            max: info.max_entries(),
+        });
+    }
+    print(format, &rows, |rows| {
+        let headers = ["NAME", "ID", "TYPE", "KEY", "VALUE", "USED", "MAX"];
+        let text = |row: &MapRow| {
+            let sizes = [row.key_bytes.to_string(), row.value_bytes.to_string(), or_dash(row.used), row.max.to_string()];
+            [vec![row.name.into(), row.id.to_string(), row.r#type.clone()], sizes.into()].concat()
+        };
+        table(&headers, rows.iter().map(text))
+    })
+}
+
+#[derive(Serialize)]
+struct ProgramRow {
+    name: &'static str,
+    attached: bool,
+    link: Option<u32>,
+    program: Option<u32>,
+    cgroup: Option<u64>,
+}
+
+pub(super) fn programs(pins: &Pins, format: Format) -> anyhow::Result<()> {
+    let rows = PROGRAMS.map(|name| {
+        let info = pins.link_info(name);
+        ProgramRow {
+            name,
+            attached: info.is_some(),
+            link: info.map(|info| info.id),
+            program: info.map(|info| info.program),
+            cgroup: info.map(|info| info.cgroup),
+        }
+    });
+    print(format, &rows, |rows| {
+        let headers = ["NAME", "ATTACHED", "LINK", "PROGRAM", "CGROUP"];
+        let text = |row: &ProgramRow| {
+            let attached = if row.attached { "yes" } else { "no" };
+            vec![row.name.into(), attached.into(), or_dash(row.link), or_dash(row.program), or_dash(row.cgroup)]
+        };
+        table(&headers, rows.iter().map(text))
+    })
+}
+
+#[derive(Serialize)]
+struct LbRow {
+    frontend: String,
+    protocol: String,
+    service: u32,
+    backends: Vec<Share>,
+}
+
+pub(super) fn lb(pins: &Pins, format: Format) -> anyhow::Result<()> {
+    let maps = Maps::open(pins)?;
+    let dump = maps.dump()?;
+    let row = |(frontend, service): (&Frontend, &u32)| {
+        let word = dump.services.get(service).copied().unwrap_or_default();
+        LbRow {
+            frontend: join(frontend.address.ip(), frontend.port.get()),
+            protocol: protocol(frontend.protocol),
+            service: *service,
+            backends: backends(&maps, word, &dump.backends),
+        }
+    };
+    let rows: Vec<_> = dump.frontends.iter().map(row).collect();
+    print(format, &rows, |rows| {
+        let text = |row: &LbRow| {
+            let frontend = format!("{}/{}", row.frontend, row.protocol);
+            let line = |share: &Share| {
+                let backend = join(share.address, share.port);
+                vec![frontend.clone(), row.service.to_string(), share.id.to_string(), backend, format!("{:.2} %", share.share * 100.0)]
+            };
+            match row.backends.is_empty() {
+                true => vec![vec![frontend.clone(), row.service.to_string(), "-".into(), "-".into(), "-".into()]],
+                false => row.backends.iter().map(line).collect::<Vec<_>>(),
+            }
+        };
+        table(&["FRONTEND", "SERVICE", "ID", "BACKEND", "SHARE"], rows.iter().flat_map(text))
+    })
+}
+
+fn backends(maps: &Maps, word: ServiceWord, backends: &BTreeMap<u32, Backend>) -> Vec<Share> {
+    let shares = alias::shares(&maps.slots(word)).into_iter();
+    let share = |(id, share)| {
+        let backend = backends.get(&id)?;
+        Some(Share { id, address: backend.address.ip(), port: backend.port.get(), share })
+    };
+    shares.filter_map(share).collect()
+}
+
+fn protocol(number: u8) -> String {
+    [Protocol::Tcp, Protocol::Udp]
+        .into_iter()
+        .find(|protocol| protocol.number() == number)
+        .map_or_else(|| number.to_string(), |protocol| protocol.to_string())
+}

@@ -1,0 +1,169 @@
+//! `mesh check`: will it run here, and if not, what mends it.
+
+use std::{net::TcpListener, path::Path, process::ExitCode};
+
+use rustix::{
+    system::uname,
+    thread::{CapabilitySet, capabilities},
+};
+use serde::Serialize;
+
+use super::{
+    ask,
+    output::{self, table},
+};
+use crate::{
+    api::{client, objects::Status},
+    config::{self, Config},
+    datapath::{self, mounts},
+    registry::{self, Sync},
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum Format {
+    Text,
+    Json,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Level {
+    Ok,
+    Note,
+    Fail,
+}
+
+#[derive(Debug, Serialize)]
+struct Finding {
+    check: &'static str,
+    result: Level,
+    detail: String,
+    hint: Option<String>,
+}
+
+fn ok(check: &'static str, detail: impl Into<String>) -> Finding {
+    Finding { check, result: Level::Ok, detail: detail.into(), hint: None }
+}
+
+fn note(check: &'static str, detail: impl Into<String>) -> Finding {
+    Finding { result: Level::Note, ..ok(check, detail) }
+}
+
+fn fail(check: &'static str, detail: impl ToString, hint: impl Into<String>) -> Finding {
+    Finding { check, result: Level::Fail, detail: detail.to_string(), hint: Some(hint.into()) }
+}
+
+pub(super) fn run(path: Option<&Path>, socket: &Path, pre: bool, format: Format) -> anyhow::Result<ExitCode> {
+    let mut findings = Vec::new();
+    match config::load(path) {
+        Err(error) => findings.push(fail("config", error, "mend the file, then `mesh config validate FILE`")),
+        Ok(config) => {
+            let name = config.path.as_ref().map_or("defaults".into(), |path| path.display().to_string());
+            findings.push(ok("config", name));
+            node(&config, &mut findings);
+            let running = ask_status(socket);
+            ports(&config, running.is_ok(), &mut findings);
+            registries(&config, &mut findings);
+            if !pre {
+                daemon(running, &mut findings);
+            }
+        }
+    }
+    match format {
+        Format::Text => {
+            let rows = findings.iter().map(|finding| {
+                let hint = finding.hint.as_ref().map(|hint| format!(" ({hint})")).unwrap_or_default();
+                vec![output::word(&finding.result), finding.check.into(), format!("{}{hint}", finding.detail)]
+            });
+            print!("{}", table(&[], rows));
+        }
+        Format::Json => println!("{}", serde_json::to_string_pretty(&findings)?),
+    }
+    let failed = findings.iter().any(|finding| finding.result == Level::Fail);
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn node(config: &Config, findings: &mut Vec<Finding>) {
+    let kernel = uname().release().to_string_lossy().into_owned();
+    let effective = capabilities(None).map(|sets| sets.effective).unwrap_or(CapabilitySet::empty());
+    let root = effective.contains(CapabilitySet::SYS_ADMIN);
+    findings.push(if root || effective.contains(CapabilitySet::BPF | CapabilitySet::NET_ADMIN) {
+        ok("capabilities", if root { "CAP_SYS_ADMIN" } else { "CAP_BPF and CAP_NET_ADMIN" })
+    } else {
+        fail("capabilities", "CAP_BPF and CAP_NET_ADMIN are missing", "run as root, or give both to the daemon")
+    });
+    // Versions lie about features; the kernel's own verifier does not.
+    findings.push(match datapath::probe() {
+        Ok(()) => ok("kernel", format!("{kernel} takes the programs")),
+        Err(error) => fail("kernel", format!("{kernel}: {error}"), "Linux 6.1 or later with CONFIG_CGROUP_BPF, as root"),
+    });
+    findings.push(match config.node.cgroup() {
+        Ok(cgroup) => ok("cgroup2", cgroup.display().to_string()),
+        Err(error) => fail("cgroup2", error, "mount cgroup2, or set node.cgroup to a directory of one"),
+    });
+    let pin_dir = &config.node.pin_dir;
+    findings.push(if mounts::is_bpffs(pin_dir) {
+        ok("bpffs", pin_dir.display().to_string())
+    } else if pin_dir.starts_with("/sys/fs/bpf") {
+        note("bpffs", "not mounted at /sys/fs/bpf; the daemon mounts it when it starts")
+    } else {
+        fail("bpffs", format!("{} is not on a BPF file system", pin_dir.display()), "set node.pin_dir below /sys/fs/bpf")
+    });
+    findings.push(note(
+        "sandboxes",
+        "tasks with a kernel of their own (gVisor, Kata, Firecracker) open no sockets in this one: they are not translated",
+    ));
+}
+
+fn ports(config: &Config, running: bool, findings: &mut Vec<Finding>) {
+    if running {
+        findings.push(ok("ports", format!("{} (the daemon runs)", config.web.listen)));
+        return;
+    }
+    findings.push(match TcpListener::bind(config.web.listen) {
+        Ok(_) => ok("ports", config.web.listen.to_string()),
+        Err(error) => fail("ports", format!("web.listen {}: {error}", config.web.listen), "set another web.listen"),
+    });
+}
+
+fn registries(config: &Config, findings: &mut Vec<Finding>) {
+    if config.registries.is_empty() {
+        findings.push(note("registry", "none is configured: there will be no services"));
+    }
+    for registry in &config.registries {
+        let config::Registry::File { path } = registry;
+        findings.push(match registry::file::validate(path, &config.rules) {
+            Ok(services) => ok("registry", format!("file {}: {services} services", path.display())),
+            Err(error) => fail("registry", error, "mend the file; the daemon keeps the last good content"),
+        });
+    }
+}
+
+fn ask_status(socket: &Path) -> anyhow::Result<Status> {
+    let mut status = None;
+    ask(async {
+        status = Some(client::get(socket, "/v1/status").await?);
+        Ok(ExitCode::SUCCESS)
+    })?;
+    status.ok_or_else(|| anyhow::anyhow!("no answer"))
+}
+
+fn daemon(status: anyhow::Result<Status>, findings: &mut Vec<Finding>) {
+    let status = match status {
+        Ok(status) => status,
+        Err(error) => return findings.push(fail("daemon", format!("{error:#}"), "start it with `mesh run`, or see --socket")),
+    };
+    let unattached: Vec<_> = status.programs.iter().filter(|program| !program.attached).map(|program| &*program.name).collect();
+    findings.push(if unattached.is_empty() {
+        ok("programs", "all attached")
+    } else {
+        fail("programs", format!("not attached: {}", unattached.join(", ")), "restart the daemon")
+    });
+    for registry in status.registries.iter().filter(|registry| registry.state != Sync::Synced) {
+        let error = registry.error.clone().unwrap_or_else(|| "no answer yet".into());
+        findings.push(fail("registry", format!("{} {}: {error}", registry.r#type, registry.source), "the last good content is in use"));
+    }
+    findings.extend(status.problems.iter().map(|problem| fail("services", problem, "see `mesh status`")));
+    let ready = if status.ready { ok("daemon", "ready") } else { fail("daemon", "not ready", "see `mesh status`") };
+    findings.push(ready);
+}

@@ -1,0 +1,62 @@
+//! `cargo xtask`: the workflows of mesh, one file each.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod build;
+mod ci;
+mod example;
+mod run;
+mod setup;
+mod test;
+mod tools;
+
+/// The workflows of mesh. Each does the set-up it needs by itself.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Install what building and testing need: rust-src, bpf-linker (below target/tools), and
+    /// Debian packages for the tests. Does nothing where everything is there.
+    Setup,
+    /// Build target/release/mesh, with the kernel programs embedded.
+    Build,
+    /// Run the daemon on an example registry with three backends and call them through the
+    /// kernel. Needs root or sudo. Arguments behind `--` go to `mesh run` instead.
+    Run(run::Args),
+    /// Run every test, including those that need root.
+    Test,
+    /// What CI runs: format, lints, the example, every test.
+    Ci,
+    /// A backend of the example: prints its port, answers HTTP with its name.
+    #[command(hide = true)]
+    ExampleBackend { name: String },
+    /// A client of the example: calls an address and prints who answered.
+    #[command(hide = true)]
+    ExampleClient(example::ClientArgs),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Setup => setup::everything(),
+        Command::Build => build::mesh(),
+        Command::Run(args) => run::run(&args),
+        Command::Test => test::run(),
+        Command::Ci => ci::run(),
+        Command::ExampleBackend { name } => example::backend(&name),
+        Command::ExampleClient(args) => example::client(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
