@@ -84,35 +84,39 @@ impl Collector for Scrape {
             ("unhealthy", counts.unhealthy),
             ("ejected", counts.ejected),
         ];
-        let rows = states.iter().map(|(state, count)| ([("state", *state)], gauge(*count as f64)));
+        let rows = states.iter().map(|(state, count)| ([("state", *state)], gauge(*count)));
         family(&mut encoder, "mesh_backends", "Backends by state", None, rows)?;
 
         let maps = view.maps();
-        let rows = maps.iter().map(|map| ([("map", map.name.as_str())], gauge(map.used.into())));
+        let rows = maps.iter().map(|map| ([("map", map.name.as_str())], gauge(map.used)));
         family(&mut encoder, "mesh_map_entries", "Entries in use in a map", None, rows)?;
-        let rows = maps.iter().map(|map| ([("map", map.name.as_str())], gauge(map.max.into())));
+        let rows = maps.iter().map(|map| ([("map", map.name.as_str())], gauge(map.max)));
         family(&mut encoder, "mesh_map_capacity", "Entries that a map can hold", None, rows)?;
 
         let registries = view.registries.borrow().clone();
-        let up = registries.iter().map(|r| ([("type", r.kind), ("source", &*r.source)], gauge((r.sync == Sync::Synced).into())));
+        let up = registries.iter().map(|r| ([("type", r.kind), ("source", &*r.source)], gauge(r.sync == Sync::Synced)));
         family(&mut encoder, "mesh_registry_up", "Whether the last read of a registry worked", None, up)?;
         let synced = registries.iter().filter_map(|r| {
-            let seconds = r.last_sync?.duration_since(UNIX_EPOCH).ok()?.as_secs_f64();
-            Some(([("type", r.kind), ("source", &*r.source)], gauge(seconds)))
+            let at = r.last_sync?.duration_since(UNIX_EPOCH).ok()?.as_secs_f64();
+            Some(([("type", r.kind), ("source", &*r.source)], seconds(at)))
         });
         let help = "When a registry was last read successfully, in seconds since 1970";
         family(&mut encoder, "mesh_registry_last_sync_timestamp", help, Some(&Unit::Seconds), synced)?;
 
         let worked = view.reload_worked.load(Ordering::Relaxed);
-        let rows = [([], gauge(worked.into()))].into_iter();
+        let rows = [([], gauge(worked))].into_iter();
         family(&mut encoder, "mesh_config_last_reload_successful", "Whether the last reload worked", None, rows)?;
-        let rows = [([], gauge(view.report.borrow().seconds))].into_iter();
+        let rows = [([], seconds(view.report.borrow().seconds))].into_iter();
         let help = "How long the last reconciliation took";
         family(&mut encoder, "mesh_reconcile_duration", help, Some(&Unit::Seconds), rows)
     }
 }
 
-fn gauge(value: f64) -> ConstGauge<f64> {
+fn gauge(value: impl TryInto<i64>) -> ConstGauge<i64> {
+    ConstGauge::new(value.try_into().unwrap_or(i64::MAX))
+}
+
+fn seconds(value: f64) -> ConstGauge<f64> {
     ConstGauge::new(value)
 }
 

@@ -1,0 +1,263 @@
+//! What the live tests stand on: a daemon of their own with a private cgroup, pin folder and
+//! state, network namespaces, and servers that say who they are.
+//!
+//! Everything is removed when it is dropped, also when a test fails.
+
+use std::{
+    fs,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Child, Command, Output, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+pub mod netns;
+pub mod server;
+
+/// Longest wait for something that should happen at once.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The daemon under test: what `cargo xtask build` leaves.
+pub fn binary() -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/release/mesh");
+    assert!(path.exists(), "no {}: run `cargo xtask test`, which builds it", path.display());
+    path
+}
+
+/// Nanoseconds on the clock that all processes share.
+pub fn now() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+}
+
+/// Waits until `condition` holds; panics with `what` if it never does.
+pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !condition() {
+        assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A name that no other test, in this or another process, has.
+pub fn unique(prefix: &str) -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    format!("{prefix}-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// A daemon with everything private to it.
+pub struct Mesh {
+    pub dir: TempDir,
+    pub cgroup: PathBuf,
+    pub pin_dir: PathBuf,
+    pub socket: PathBuf,
+    pub config: PathBuf,
+    pub services: PathBuf,
+    pub web: String,
+    daemon: Option<Child>,
+}
+
+impl Mesh {
+    /// Everything but the running daemon. Loopback backends are allowed.
+    pub fn prepare(services: &str) -> Self {
+        assert!(rustix::process::geteuid().is_root(), "the live tests need root: run `cargo xtask test`");
+        let name = unique("mesh-test");
+        let dir = TempDir::with_prefix(&name).unwrap();
+        let cgroup = cgroup2().join(&name);
+        fs::create_dir(&cgroup).unwrap();
+        let mesh = Self {
+            cgroup,
+            pin_dir: Path::new("/sys/fs/bpf").join(&name),
+            socket: dir.path().join("api.sock"),
+            config: dir.path().join("mesh.toml"),
+            services: dir.path().join("services.toml"),
+            web: free_address(),
+            daemon: None,
+            dir,
+        };
+        mesh.write(services);
+        mesh.configure("");
+        mesh
+    }
+
+    /// A daemon that is ready.
+    pub fn start(services: &str) -> Self {
+        let mut mesh = Self::prepare(services);
+        mesh.launch();
+        mesh.ready();
+        mesh
+    }
+
+    /// Writes the configuration file, with `more` at its end.
+    pub fn configure(&self, more: &str) {
+        let state = self.dir.path().join("state");
+        let text = format!(
+            "[node]\ncgroup = {:?}\npin_dir = {:?}\nstate_dir = {state:?}\n[api]\nsocket = {:?}\n[web]\nlisten = {:?}\n\
+             [backends]\nallow_loopback = true\n[[registry]]\ntype = \"file\"\npath = {:?}\n{more}",
+            self.cgroup, self.pin_dir, self.socket, self.web, self.services
+        );
+        replace(&self.config, &text);
+    }
+
+    /// Replaces the services file in one step.
+    pub fn write(&self, services: &str) {
+        replace(&self.services, services);
+    }
+
+    pub fn launch(&mut self) {
+        let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
+        let mut command = Command::new(binary());
+        command.arg("run").arg("--config").arg(&self.config).stdin(Stdio::null());
+        self.daemon = Some(command.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap());
+    }
+
+    pub fn ready(&self) {
+        let ready = self.mesh(&["status", "--brief", "--wait=20s"]).output().unwrap();
+        assert!(ready.status.success(), "not ready: {}\n{}", text(&ready), self.log());
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) {
+        let mut daemon = self.daemon.take().expect("the daemon runs");
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+    }
+
+    /// SIGTERM, and its exit code.
+    pub fn stop(&mut self) -> Option<i32> {
+        let mut daemon = self.daemon.take().expect("the daemon runs");
+        rustix::process::kill_process(rustix::process::Pid::from_child(&daemon), rustix::process::Signal::TERM).unwrap();
+        daemon.wait().unwrap().code()
+    }
+
+    pub fn hang_up(&self) {
+        let daemon = self.daemon.as_ref().expect("the daemon runs");
+        rustix::process::kill_process(rustix::process::Pid::from_child(daemon), rustix::process::Signal::HUP).unwrap();
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.dir.path().join("daemon.log")
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    /// `mesh ARGS` against this daemon.
+    pub fn mesh(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(binary());
+        command.args(args).arg("--socket").arg(&self.socket);
+        command
+    }
+
+    /// What `mesh ARGS -o json` prints.
+    pub fn json(&self, args: &[&str]) -> Value {
+        let output = self.mesh(args).args(["-o", "json"]).output().unwrap();
+        assert!(output.status.success(), "mesh {args:?}: {}", text(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// The kernel's table, read from the pins.
+    pub fn lb(&self) -> Value {
+        let output = Command::new(binary()).args(["bpf", "lb", "-o", "json", "--config"]).arg(&self.config).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// Addresses that the kernel sends a frontend's connects to.
+    pub fn kernel_backends(&self, frontend: &str) -> Vec<String> {
+        let lb = self.lb();
+        let row = lb.as_array().unwrap().iter().find(|row| row["frontend"] == frontend);
+        let shares = row.and_then(|row| row["backends"].as_array()).cloned().unwrap_or_default();
+        shares.iter().map(|share| format!("{}:{}", share["address"].as_str().unwrap(), share["port"])).collect()
+    }
+
+    pub fn wait_for_backends(&self, frontend: &str, count: usize) {
+        wait_until(&format!("{count} backends at {frontend}"), || self.kernel_backends(frontend).len() == count);
+    }
+
+    /// A command whose sockets are translated.
+    pub fn inside(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new("sh");
+        let script = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", self.cgroup.display());
+        command.args(["-c", &script, "sh"]).arg(program).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a Python program inside; its output, or a panic with its traceback.
+    pub fn python(&self, program: &str) -> String {
+        let output = self.inside("python3").args(["-c", program]).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    pub fn cleanup(&self) -> Output {
+        Command::new(binary()).args(["cleanup", "--config"]).arg(&self.config).output().unwrap()
+    }
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            let _ = daemon.kill();
+            let _ = daemon.wait();
+        }
+        if std::thread::panicking() {
+            eprintln!("--- daemon's log\n{}---", self.log());
+        }
+        self.cleanup();
+        // What still runs in the private cgroup was started by this test.
+        let _ = fs::write(self.cgroup.join("cgroup.kill"), "1");
+        let gone = (0..500).any(|_| {
+            std::thread::sleep(Duration::from_millis(2));
+            fs::remove_dir(&self.cgroup).is_ok()
+        });
+        if !gone {
+            eprintln!("left behind: {}", self.cgroup.display());
+        }
+    }
+}
+
+/// stdout and stderr of a finished command.
+pub fn text(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// One `[[service]]` with instances `name-0`, `name-1`, … at these addresses and ports.
+pub fn service(name: &str, port: u16, vip: &str, instances: &[(&str, u16)]) -> String {
+    let weighted: Vec<_> = instances.iter().map(|(address, port)| (*address, *port, 100)).collect();
+    weighted_service(name, port, vip, &weighted)
+}
+
+/// As [`service`], with weights.
+pub fn weighted_service(name: &str, port: u16, vip: &str, instances: &[(&str, u16, u16)]) -> String {
+    let mut text = format!("[[service]]\nname = {name:?}\nnamespace = \"service.local\"\nport = {port}\npolicy = \"random\"\n");
+    if !vip.is_empty() {
+        text += &format!("vip = {vip:?}\n");
+    }
+    for (n, (address, port, weight)) in instances.iter().enumerate() {
+        text += &format!("[[service.instance]]\nid = \"{name}-{n}\"\naddress = {address:?}\nport = {port}\nweight = {weight}\n");
+    }
+    text
+}
+
+/// A loopback address that nobody listens on at the moment.
+pub fn free_address() -> String {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+}
+
+fn replace(path: &Path, text: &str) {
+    let new = path.with_extension("new");
+    fs::write(&new, text).unwrap();
+    fs::rename(new, path).unwrap();
+}
+
+fn cgroup2() -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("cgroup2 is mounted");
+    mount.split(' ').nth(1).unwrap().into()
+}

@@ -1,0 +1,50 @@
+//! A TCP server that answers every connection with its name.
+
+use std::{
+    io::Write,
+    net::{SocketAddr, TcpListener},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+};
+
+/// Listens until the test ends.
+pub struct Server {
+    pub address: SocketAddr,
+    hits: Arc<AtomicU64>,
+}
+
+impl Server {
+    /// On a free port of 127.0.0.1.
+    pub fn start(name: &'static str) -> Self {
+        Self::start_at(name, "127.0.0.1:0")
+    }
+
+    pub fn start_at(name: &'static str, address: &str) -> Self {
+        let listener = TcpListener::bind(address).unwrap_or_else(|error| panic!("{address}: {error}"));
+        // The standard library's backlog of 128 is too short for the load tests.
+        rustix::net::listen(&listener, 4096).unwrap();
+        let address = listener.local_addr().unwrap();
+        let hits = Arc::new(AtomicU64::new(0));
+        let counter = hits.clone();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                counter.fetch_add(1, Ordering::Relaxed);
+                // A client that has gone is its own affair.
+                let _ = stream.and_then(|mut stream| stream.write_all(name.as_bytes()));
+            }
+        });
+        Self { address, hits }
+    }
+
+    pub fn port(&self) -> u16 {
+        self.address.port()
+    }
+
+    /// Connections accepted so far.
+    pub fn hits(&self) -> u64 {
+        self.hits.load(Ordering::Relaxed)
+    }
+}

@@ -1,0 +1,8 @@
+//! mesh on a real kernel, with real sockets and real servers. Needs root: `cargo xtask test`.
+
+mod commands;
+mod connect;
+mod daemon;
+mod input;
+mod load;
+mod servers;
