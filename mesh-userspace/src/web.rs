@@ -104,11 +104,11 @@ impl Collector for Scrape {
         family(&mut encoder, "mesh_registry_last_sync_timestamp", help, Some(&Unit::Seconds), synced)?;
 
         let worked = view.reload_worked.load(Ordering::Relaxed);
-        let rows = [([], gauge(worked))].into_iter();
-        family(&mut encoder, "mesh_config_last_reload_successful", "Whether the last reload worked", None, rows)?;
-        let rows = [([], seconds(view.report.borrow().seconds))].into_iter();
+        let help = "Whether the last reload worked";
+        single(&mut encoder, "mesh_config_last_reload_successful", help, None, &gauge(worked))?;
+        let took = seconds(view.report.borrow().seconds);
         let help = "How long the last reconciliation took";
-        family(&mut encoder, "mesh_reconcile_duration", help, Some(&Unit::Seconds), rows)
+        single(&mut encoder, "mesh_reconcile_duration", help, Some(&Unit::Seconds), &took)
     }
 }
 
@@ -136,4 +136,9 @@ fn family<'a, const N: usize, M: EncodeMetric>(
         value.encode(metric.encode_family(&labels)?)?;
     }
     Ok(())
+}
+
+/// Writes a metric without labels.
+fn single(encoder: &mut DescriptorEncoder, name: &str, help: &str, unit: Option<&Unit>, value: &impl EncodeMetric) -> fmt::Result {
+    value.encode(encoder.encode_descriptor(name, help, unit, value.metric_type())?)
 }

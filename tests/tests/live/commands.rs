@@ -154,8 +154,9 @@ fn metrics_and_health_are_served() {
     mesh.launch();
     let get = |mesh: &Mesh, path: &str| {
         let url = format!("http://{}{path}", mesh.web);
-        text(&Command::new("curl").args(["-s", "-w", "%{http_code}", "--retry-connrefused", "--retry", "5", &url]).output().unwrap())
+        text(&Command::new("curl").args(["-s", "-w", "%{http_code}", &url]).output().unwrap())
     };
+    mesh_tests::wait_until("the page is served", || get(&mesh, "/healthz") != "000");
     assert_eq!(get(&mesh, "/healthz"), "ok\n200");
     assert!(get(&mesh, "/readyz").ends_with("503"), "no registry has delivered");
     mesh.write(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
