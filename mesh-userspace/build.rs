@@ -13,7 +13,8 @@ fn main() {
         .parent()
         .expect("the crate lies in the workspace")
         .to_path_buf();
-    for input in ["mesh-ebpf", "mesh-common/src", "mesh-common/Cargo.toml", "Cargo.lock", "target/tools/bin"] {
+    for input in ["mesh-ebpf", "mesh-common/src", "mesh-common/Cargo.toml", "Cargo.lock", "target/tools/bin"]
+    {
         println!("cargo::rerun-if-changed={}", root.join(input).display());
     }
 
@@ -31,11 +32,8 @@ fn main() {
     // One target folder for every profile of the daemon: the kernel programs are built once.
     let target = root.join("target/bpf");
     let arch = env::var("CARGO_CFG_TARGET_ARCH").expect("set by cargo");
-    let flags = [
-        format!("--cfg=bpf_target_arch=\"{arch}\""),
-        "-Cdebuginfo=2".into(),
-        "-Clink-arg=--btf".into(),
-    ];
+    let flags =
+        [format!("--cfg=bpf_target_arch=\"{arch}\""), "-Cdebuginfo=2".into(), "-Clink-arg=--btf".into()];
     let output = Command::new(env::var_os("CARGO").expect("set by cargo"))
         .args(["build", "--package", "mesh-ebpf", "--release", "--locked"])
         .args(["-Z", "build-std=core", "--target", "bpfel-unknown-none", "--target-dir"])
@@ -50,10 +48,7 @@ fn main() {
         .output()
         .expect("cargo runs");
     if !output.status.success() {
-        fail(&format!(
-            "the kernel programs do not build:\n{}",
-            String::from_utf8_lossy(&output.stderr)
-        ));
+        fail(&format!("the kernel programs do not build:\n{}", String::from_utf8_lossy(&output.stderr)));
     }
     let object = target.join("bpfel-unknown-none/release/mesh-ebpf");
     println!("cargo::rustc-env=MESH_BPF_OBJECT={}", object.display());
@@ -61,10 +56,7 @@ fn main() {
 
 fn rust_src() -> PathBuf {
     let rustc = env::var_os("RUSTC").expect("set by cargo");
-    let sysroot = Command::new(rustc)
-        .args(["--print", "sysroot"])
-        .output()
-        .expect("rustc runs");
+    let sysroot = Command::new(rustc).args(["--print", "sysroot"]).output().expect("rustc runs");
     Path::new(String::from_utf8_lossy(&sysroot.stdout).trim()).join("lib/rustlib/src/rust/library")
 }
 

@@ -61,12 +61,7 @@ pub struct Frontend {
 impl Frontend {
     #[inline(always)]
     pub const fn new(address: Address, port: Port, protocol: u8) -> Self {
-        Self {
-            address,
-            port,
-            protocol,
-            zero: 0,
-        }
+        Self { address, port, protocol, zero: 0 }
     }
 }
 

@@ -22,9 +22,7 @@ impl Address {
     /// From the one word of `user_ip4`, in memory order.
     #[inline(always)]
     pub const fn from_v4_word(word: u32) -> Self {
-        Self {
-            words: [0, 0, MAPPED, word],
-        }
+        Self { words: [0, 0, MAPPED, word] }
     }
 
     /// The four words for `user_ip6`.
@@ -94,16 +92,11 @@ pub struct Prefix {
 
 impl Prefix {
     /// Contains nothing; fills the unused entries of the kernel's list.
-    pub const NONE: Self = Self {
-        net: [u32::MAX; 4],
-        mask: [0; 4],
-    };
+    pub const NONE: Self = Self { net: [u32::MAX; 4], mask: [0; 4] };
 
     /// `bits` counts from the start of the 16 bytes: an IPv4 /10 has 106.
     pub fn new(address: Address, bits: u8) -> Self {
-        let mask = u128::MAX
-            .checked_shl(128 - u32::from(bits.min(128)))
-            .unwrap_or(0);
+        let mask = u128::MAX.checked_shl(128 - u32::from(bits.min(128))).unwrap_or(0);
         let mask = Address::from_octets(mask.to_be_bytes()).words;
         let mut net = address.words;
         for (net, mask) in net.iter_mut().zip(mask) {

@@ -29,13 +29,8 @@ pub enum Verdict {
 
 impl Outcome {
     /// Every outcome, in the order of the counters.
-    pub const ALL: [Self; 5] = [
-        Self::Translated,
-        Self::OriginLost,
-        Self::NoFrontend,
-        Self::NoBackend,
-        Self::BadTable,
-    ];
+    pub const ALL: [Self; 5] =
+        [Self::Translated, Self::OriginLost, Self::NoFrontend, Self::NoBackend, Self::BadTable];
 
     #[inline(always)]
     pub const fn verdict(self) -> Verdict {

@@ -20,20 +20,13 @@ pub struct Draw {
 #[expect(clippy::cast_possible_truncation, reason = "halves of a 64-bit product")]
 pub const fn draw(random: u32, count: u32) -> Draw {
     let product = random as u64 * count as u64;
-    Draw {
-        slot: (product >> 32) as u32,
-        fraction: ((product as u32) >> 16) as u16,
-    }
+    Draw { slot: (product >> 32) as u32, fraction: ((product as u32) >> 16) as u16 }
 }
 
 /// The backend a slot yields for `fraction`.
 #[inline(always)]
 pub const fn pick(slot: SlotWord, fraction: u16) -> u32 {
-    if fraction < slot.threshold() {
-        slot.backend()
-    } else {
-        slot.alias()
-    }
+    if fraction < slot.threshold() { slot.backend() } else { slot.alias() }
 }
 
 #[cfg(test)]

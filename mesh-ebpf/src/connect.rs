@@ -1,11 +1,7 @@
 //! Forward translation: VIP → backend.
 
 use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
-use mesh_common::{
-    abi::Origin,
-    outcome::Outcome,
-    select,
-};
+use mesh_common::{abi::Origin, outcome::Outcome, select};
 
 use crate::{
     context::{self, Hook},
@@ -56,9 +52,5 @@ fn translate(hook: &Hook) -> Outcome {
         service,
         backend: id,
     };
-    if hook.remember(&mut origin) {
-        Outcome::Translated
-    } else {
-        Outcome::OriginLost
-    }
+    if hook.remember(&mut origin) { Outcome::Translated } else { Outcome::OriginLost }
 }

@@ -23,8 +23,8 @@ pub(crate) enum Family {
     V6,
 }
 
-pub(crate) struct Hook<'a> {
-    ctx: &'a SockAddrContext,
+pub(crate) struct Hook {
+    ctx: SockAddrContext,
     family: Family,
 }
 
@@ -44,9 +44,9 @@ macro_rules! write {
     };
 }
 
-impl<'a> Hook<'a> {
+impl Hook {
     #[inline(always)]
-    pub(crate) fn new(ctx: &'a SockAddrContext, family: Family) -> Self {
+    pub(crate) fn new(ctx: SockAddrContext, family: Family) -> Self {
         Self { ctx, family }
     }
 
@@ -106,7 +106,7 @@ impl<'a> Hook<'a> {
     #[inline(always)]
     pub(crate) fn origin(&self) -> Option<&Origin> {
         // SAFETY: the helper returns null or a valued owned by the socket, which outlives the program.
-        unsafe { maps::ORIGIN.get_ptr_mut(self.ctx).as_ref() }
+        unsafe { maps::ORIGIN.get_ptr_mut(&self.ctx).as_ref() }
     }
 
     /// Remembers `origin` with the socket; false if there is no memory for it.
@@ -114,7 +114,7 @@ impl<'a> Hook<'a> {
     pub(crate) fn remember(&self, origin: &mut Origin) -> bool {
         // SAFETY: as for `origin`. The calling thread holds the socket lock, so nothing else writes here.
         unsafe {
-            let stored = maps::ORIGIN.get_or_insert_ptr_mut(self.ctx, Some(origin));
+            let stored = maps::ORIGIN.get_or_insert_ptr_mut(&self.ctx, Some(origin));
             if stored.is_null() {
                 return false;
             }

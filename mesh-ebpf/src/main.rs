@@ -19,22 +19,22 @@ use crate::context::{Family, Hook};
 
 #[cgroup_sock_addr(connect4)]
 fn mesh_connect4(ctx: SockAddrContext) -> i32 {
-    connect::run(&Hook::new(&ctx, Family::V4))
+    connect::run(&Hook::new(ctx, Family::V4))
 }
 
 #[cgroup_sock_addr(connect6)]
 fn mesh_connect6(ctx: SockAddrContext) -> i32 {
-    connect::run(&Hook::new(&ctx, Family::V6))
+    connect::run(&Hook::new(ctx, Family::V6))
 }
 
 #[cgroup_sock_addr(getpeername4)]
 fn mesh_getpeer4(ctx: SockAddrContext) -> i32 {
-    getpeername::run(&Hook::new(&ctx, Family::V4))
+    getpeername::run(&Hook::new(ctx, Family::V4))
 }
 
 #[cgroup_sock_addr(getpeername6)]
 fn mesh_getpeer6(ctx: SockAddrContext) -> i32 {
-    getpeername::run(&Hook::new(&ctx, Family::V6))
+    getpeername::run(&Hook::new(ctx, Family::V6))
 }
 
 #[panic_handler]

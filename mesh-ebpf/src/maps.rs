@@ -4,7 +4,7 @@
 //! maps. `SERVICES` and `SLOTS` are mapped into the daemon, which stores whole words; a hook
 //! loads each word exactly once.
 
-use core::{intrinsics::atomic_xadd, intrinsics::AtomicOrdering, ptr::read_volatile};
+use core::{intrinsics::AtomicOrdering, intrinsics::atomic_xadd, ptr::read_volatile};
 
 use aya_ebpf::{
     Global,
@@ -45,7 +45,11 @@ pub(crate) fn in_vip_ranges(address: &Address) -> bool {
     for index in 0..MAX_VIP_RANGES {
         // SAFETY: the index is below the list's length; a prefix is four words of network, then four of mask.
         let word = |at: usize| unsafe { read_volatile(&raw const (*ranges.add(index))[at]) };
-        if a & word(4) == word(0) && b & word(5) == word(1) && c & word(6) == word(2) && d & word(7) == word(3) {
+        if a & word(4) == word(0)
+            && b & word(5) == word(1)
+            && c & word(6) == word(2)
+            && d & word(7) == word(3)
+        {
             return true;
         }
     }

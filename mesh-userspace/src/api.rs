@@ -105,14 +105,14 @@ impl Dialled {
     }
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_target_is_an_address_or_a_name() {
-        let address = |address: &str, port| Some(Dialled::Address { address: address.parse().unwrap(), port });
+        let address =
+            |address: &str, port| Some(Dialled::Address { address: address.parse().unwrap(), port });
         let name = |name: &str, port| Some(Dialled::Name { name: name.into(), port });
         assert_eq!(Dialled::parse("127.128.0.1:80"), address("127.128.0.1", Some(80)));
         assert_eq!(Dialled::parse("[::ffff:127.128.0.1]:80"), address("127.128.0.1", Some(80)));

@@ -95,7 +95,10 @@ impl Catalog {
                 match taken.insert(frontend(id, *vip), id.clone()) {
                     None => entry.vips.push(*vip),
                     Some(owner) => {
-                        let what = format!("service {id}: vip {vip} port {} already belongs to service {owner}", id.port);
+                        let what = format!(
+                            "service {id}: vip {vip} port {} already belongs to service {owner}",
+                            id.port
+                        );
                         self.conflicts.push(what);
                         taken.insert(frontend(id, *vip), owner);
                     }
@@ -128,10 +131,15 @@ impl Wanted {
     /// The families that need a VIP of their own. A lone VIP of the other family serves IPv4
     /// backends as mapped addresses, but an IPv4 socket cannot reach IPv6.
     fn families(&self) -> Vec<bool> {
-        let (has_v4, has_v6) = (self.given.iter().any(IpAddr::is_ipv4), self.given.iter().any(IpAddr::is_ipv6));
+        let (has_v4, has_v6) =
+            (self.given.iter().any(IpAddr::is_ipv4), self.given.iter().any(IpAddr::is_ipv6));
         let v4 = !has_v4 && if has_v6 { self.v4 && self.v6 } else { self.v4 || !self.v6 };
         let v6 = !has_v6 && self.v6;
-        [(true, v4), (false, v6)].into_iter().filter(|(_, wanted)| *wanted).map(|(family, _)| family).collect()
+        [(true, v4), (false, v6)]
+            .into_iter()
+            .filter(|(_, wanted)| *wanted)
+            .map(|(family, _)| family)
+            .collect()
     }
 }
 
@@ -152,20 +160,25 @@ impl Entry {
         let instances = &self.service.instances;
         let mapped = vip.is_ipv6() && instances.iter().all(|instance| instance.address.is_ipv4());
         let alone = self.vips.len() == 1;
-        instances.iter().filter(move |instance| instance.address.is_ipv4() == vip.is_ipv4() || (mapped && alone))
+        instances
+            .iter()
+            .filter(move |instance| instance.address.is_ipv4() == vip.is_ipv4() || (mapped && alone))
     }
 
     /// The backends of one VIP with the weights in effect.
     fn backends(&self, vip: IpAddr) -> BTreeMap<Endpoint, u32> {
         let selectable = self.selectable(vip);
-        let weight = |instance: &Instance| if Some(instance.health) == selectable { u32::from(instance.weight) } else { 0 };
+        let weight = |instance: &Instance| {
+            if Some(instance.health) == selectable { u32::from(instance.weight) } else { 0 }
+        };
         self.instances(vip).map(|instance| (endpoint(instance), weight(instance))).collect()
     }
 
     /// Whose turn it is: healthy instances; failing those unhealthy ones, because health may be
     /// wrong but an empty set surely is; failing those draining ones.
     fn selectable(&self, vip: IpAddr) -> Option<Health> {
-        let some = |health| self.instances(vip).any(|instance| instance.health == health && instance.weight > 0);
+        let some =
+            |health| self.instances(vip).any(|instance| instance.health == health && instance.weight > 0);
         [Health::Healthy, Health::Unhealthy, Health::Draining].into_iter().find(|health| some(*health))
     }
 }

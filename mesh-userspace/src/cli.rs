@@ -165,16 +165,26 @@ impl Cli {
             }
             Command::Check { config, pre, output } => return check::run(config.path(), socket, pre, output),
             Command::Status { brief, verbose, wait, output } => {
-                let detail = if brief { show::Detail::Brief } else if verbose { show::Detail::Verbose } else { show::Detail::Usual };
+                let detail = if brief {
+                    show::Detail::Brief
+                } else if verbose {
+                    show::Detail::Verbose
+                } else {
+                    show::Detail::Usual
+                };
                 return ask(show::status(socket, detail, wait, output));
             }
             Command::Service(ServiceCommand::List(list)) => return ask(show::services(socket, None, &list)),
-            Command::Service(ServiceCommand::Get { name, list }) => return ask(show::services(socket, Some(&name), &list)),
+            Command::Service(ServiceCommand::Get { name, list }) => {
+                return ask(show::services(socket, Some(&name), &list));
+            }
             Command::Backend(BackendCommand::List(list)) => return ask(show::backends(socket, &list)),
             Command::Registry(RegistryCommand::List(list)) => return ask(show::registries(socket, &list)),
             Command::Explain { target, output } => return ask(show::explain(socket, &target, output)),
             Command::Bpf(BpfCommand::Maps(args)) => bpf::maps(&pins(&args.config, socket)?, args.output)?,
-            Command::Bpf(BpfCommand::Programs(args)) => bpf::programs(&pins(&args.config, socket)?, args.output)?,
+            Command::Bpf(BpfCommand::Programs(args)) => {
+                bpf::programs(&pins(&args.config, socket)?, args.output)?;
+            }
             Command::Bpf(BpfCommand::Lb(args)) => bpf::lb(&pins(&args.config, socket)?, args.output)?,
             Command::Config(ConfigCommand::Validate { file }) => validate(&file)?,
             Command::Cleanup(arg) => {
@@ -224,7 +234,11 @@ fn validate(file: &Path) -> anyhow::Result<()> {
         let config::Registry::File { path } = registry;
         services += registry::file::validate(path, &config.rules)?;
     }
-    println!("{}: valid; {} registries, {services} services in files", file.display(), config.registries.len());
+    println!(
+        "{}: valid; {} registries, {services} services in files",
+        file.display(),
+        config.registries.len()
+    );
     Ok(())
 }
 

@@ -213,7 +213,8 @@ fn parse(path: &Path, text: &str) -> Result<Config, Error> {
         let line = at.map(|offset| 1 + text[..offset.min(text.len())].matches('\n').count());
         Error::Invalid { path: path.into(), line, message }
     };
-    let error = |error: toml::de::Error| invalid(error.span().map(|span| span.start), error.message().to_owned());
+    let error =
+        |error: toml::de::Error| invalid(error.span().map(|span| span.start), error.message().to_owned());
     let raw: Raw = toml::from_str(text).map_err(error)?;
 
     let ranges = vip_ranges(&raw.vip.ranges).map_err(|(at, message)| invalid(Some(at), message))?;
@@ -251,9 +252,13 @@ fn parse(path: &Path, text: &str) -> Result<Config, Error> {
 
 fn registry(table: toml::Table) -> Result<Registry, String> {
     const TYPES: [&str; 1] = ["file"];
-    let kind = table.get("type").and_then(toml::Value::as_str).ok_or("registry: key `type` is missing")?.to_owned();
+    let kind =
+        table.get("type").and_then(toml::Value::as_str).ok_or("registry: key `type` is missing")?.to_owned();
     if !TYPES.contains(&kind.as_str()) {
-        return Err(format!("registry: type {kind:?} is not known to this version; it knows {}", TYPES.join(", ")));
+        return Err(format!(
+            "registry: type {kind:?} is not known to this version; it knows {}",
+            TYPES.join(", ")
+        ));
     }
     table.try_into().map_err(|error: toml::de::Error| format!("registry of type {kind}: {}", error.message()))
 }
@@ -267,10 +272,16 @@ fn vip_ranges(ranges: &toml::Spanned<Vec<toml::Spanned<IpNet>>>) -> Result<Vec<I
     for range in list {
         let (net, at) = (range.get_ref(), range.span().start);
         if net.contains(&service_connect) || service_connect.contains(net) {
-            return Err((at, format!("vip.ranges: {net} overlaps {service_connect}, which is ECS Service Connect's own")));
+            return Err((
+                at,
+                format!("vip.ranges: {net} overlaps {service_connect}, which is ECS Service Connect's own"),
+            ));
         }
         if net.trunc() != *net {
-            return Err((at, format!("vip.ranges: {net} has bits behind its prefix; did you mean {}?", net.trunc())));
+            return Err((
+                at,
+                format!("vip.ranges: {net} has bits behind its prefix; did you mean {}?", net.trunc()),
+            ));
         }
     }
     Ok(list.iter().map(|range| *range.get_ref()).collect())
@@ -382,15 +393,27 @@ path = "/etc/mesh/services.d"
             ("\n[node]\ncolour = 1", "mesh.toml:3: unknown field `colour`"),
             ("[nod]\n", "mesh.toml:1: unknown field `nod`"),
             ("\n[web]\nlisten = \"nowhere\"", "mesh.toml:3: "),
-            ("\n[vip]\nranges = [\"127.255.1.0/24\"]", "mesh.toml:3: vip.ranges: 127.255.1.0/24 overlaps 127.255.0.0/16"),
-            ("\n[vip]\nranges = [\"127.128.0.1/10\"]", "mesh.toml:3: vip.ranges: 127.128.0.1/10 has bits behind its prefix; did you mean 127.128.0.0/10?"),
+            (
+                "\n[vip]\nranges = [\"127.255.1.0/24\"]",
+                "mesh.toml:3: vip.ranges: 127.255.1.0/24 overlaps 127.255.0.0/16",
+            ),
+            (
+                "\n[vip]\nranges = [\"127.128.0.1/10\"]",
+                "mesh.toml:3: vip.ranges: 127.128.0.1/10 has bits behind its prefix; did you mean 127.128.0.0/10?",
+            ),
             ("[vip]\nranges = []", "mesh.toml:2: vip.ranges must hold 1 to 8"),
             ("[datapath]\nmax_backends = 0", "mesh.toml:1: datapath.max_backends must be from 1"),
             ("[node]\npin_dir = \"x\"", "mesh.toml:1: node.pin_dir must be an absolute path"),
-            ("\n[[registry]]\ntype = \"zookeeper\"", "mesh.toml:2: registry: type \"zookeeper\" is not known"),
+            (
+                "\n[[registry]]\ntype = \"zookeeper\"",
+                "mesh.toml:2: registry: type \"zookeeper\" is not known",
+            ),
             ("\n[[registry]]\npath = \"x\"", "mesh.toml:2: registry: key `type` is missing"),
             ("\n[[registry]]\ntype = \"file\"", "mesh.toml:2: registry of type file: missing field `path`"),
-            ("\n[[registry]]\ntype = \"file\"\npath = \"x\"\nurl = \"y\"", "mesh.toml:2: registry of type file: unknown field `url`"),
+            (
+                "\n[[registry]]\ntype = \"file\"\npath = \"x\"\nurl = \"y\"",
+                "mesh.toml:2: registry of type file: unknown field `url`",
+            ),
         ] {
             let refusal = refusal(text);
             assert!(refusal.starts_with(expected), "{refusal}\nshould start with\n{expected}");

@@ -23,6 +23,8 @@ use mesh_common::{
     outcome::Outcome,
 };
 
+pub use aya::programs::ProgramInfo;
+
 use crate::plan::{
     Applied, Op,
     applied::{Dump, Sizes},
@@ -163,13 +165,7 @@ impl Datapath {
             loaded.map_err(|source| Error::Program { name, source: Box::new(source) })?;
         }
         let maps = Maps::open(&pins)?;
-        let datapath = Self {
-            maps,
-            ebpf,
-            pins,
-            cgroup: settings.cgroup.clone(),
-            _lock: lock,
-        };
+        let datapath = Self { maps, ebpf, pins, cgroup: settings.cgroup.clone(), _lock: lock };
         Ok((datapath, adopted))
     }
 
@@ -241,7 +237,7 @@ impl Maps {
             let (frontend, id) = entry.map_err(map_error(map::FRONTENDS))?;
             dump.frontends.insert(frontend, id);
         }
-        for id in 0..self.services.len() {
+        for id in 0..self.sizes.services {
             let word = ServiceWord(self.services.load(id));
             if word.exists() {
                 dump.services.insert(id, word);
@@ -394,6 +390,11 @@ fn pinned(pins: &Pins, name: &'static str, key: usize, value: usize) -> Result<M
         return Err(Error::ForeignMap { name: name.into(), path });
     }
     Ok(data)
+}
+
+/// What the kernel says of a program, by its id.
+pub fn program_info(id: u32) -> Option<ProgramInfo> {
+    aya::programs::loaded_programs().flatten().find(|program| program.id() == id)
 }
 
 /// What the kernel says of each pinned map.

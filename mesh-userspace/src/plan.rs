@@ -32,13 +32,30 @@ pub type Desired = BTreeMap<Frontend, BTreeMap<Endpoint, u32>>;
 /// One write to the maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
-    PutBackend { id: u32, service: u32, endpoint: Endpoint },
-    PutSlots { base: u32, words: Vec<SlotWord> },
+    PutBackend {
+        id: u32,
+        service: u32,
+        endpoint: Endpoint,
+    },
+    PutSlots {
+        base: u32,
+        words: Vec<SlotWord>,
+    },
     /// The one store by which a service changes. The default word removes it.
-    PutService { id: u32, word: ServiceWord },
-    PutFrontend { frontend: Frontend, service: u32 },
-    DeleteFrontend { frontend: Frontend },
-    DeleteBackend { id: u32 },
+    PutService {
+        id: u32,
+        word: ServiceWord,
+    },
+    PutFrontend {
+        frontend: Frontend,
+        service: u32,
+    },
+    DeleteFrontend {
+        frontend: Frontend,
+    },
+    DeleteBackend {
+        id: u32,
+    },
     /// Every `connect()` that began before has ended.
     Grace,
 }
@@ -140,7 +157,8 @@ impl Planner<'_> {
             self.ops.push(Op::PutFrontend { frontend, service: id });
         }
         let before = current.into_iter().flat_map(|service| &service.backends);
-        self.unused.extend(before.filter(|(endpoint, _)| !backends.contains_key(*endpoint)).map(|(_, id)| id));
+        self.unused
+            .extend(before.filter(|(endpoint, _)| !backends.contains_key(*endpoint)).map(|(_, id)| id));
         Ok(())
     }
 

@@ -50,11 +50,7 @@ impl Reconciler {
             datapath.attach()?;
             report.attached = true;
         }
-        Ok(Self {
-            datapath,
-            applied: Arc::new(RwLock::new(applied)),
-            report: watch::Sender::new(report),
-        })
+        Ok(Self { datapath, applied: Arc::new(RwLock::new(applied)), report: watch::Sender::new(report) })
     }
 
     pub fn applied(&self) -> Arc<RwLock<Applied>> {

@@ -52,14 +52,7 @@ pub struct State {
 
 impl State {
     pub fn new(kind: &'static str, source: String) -> Self {
-        Self {
-            kind,
-            source,
-            sync: Sync::Failed,
-            last_sync: None,
-            error: None,
-            snapshot: None,
-        }
+        Self { kind, source, sync: Sync::Failed, last_sync: None, error: None, snapshot: None }
     }
 }
 

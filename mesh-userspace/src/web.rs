@@ -54,7 +54,9 @@ async fn metrics(State(view): State<Arc<View>>) -> impl IntoResponse {
     let mut text = String::new();
     match encode(&mut text, &registry) {
         Ok(()) => (StatusCode::OK, [(header::CONTENT_TYPE, OPEN_METRICS)], text),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain")], error.to_string()),
+        Err(error) => {
+            (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, "text/plain")], error.to_string())
+        }
     }
 }
 
@@ -73,7 +75,8 @@ impl Collector for Scrape {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         let view = &self.0;
         if let Ok(outcomes) = view.stats.read() {
-            let rows = outcomes.iter().map(|(outcome, count)| ([("outcome", *outcome)], ConstCounter::new(*count)));
+            let rows =
+                outcomes.iter().map(|(outcome, count)| ([("outcome", *outcome)], ConstCounter::new(*count)));
             let help = "Connects to a VIP by what became of them";
             family(&mut encoder, "mesh_connect_outcomes", help, None, rows)?;
         }
@@ -94,7 +97,9 @@ impl Collector for Scrape {
         family(&mut encoder, "mesh_map_capacity", "Entries that a map can hold", None, rows)?;
 
         let registries = view.registries.borrow().clone();
-        let up = registries.iter().map(|r| ([("type", r.kind), ("source", &*r.source)], gauge(r.sync == Sync::Synced)));
+        let up = registries
+            .iter()
+            .map(|r| ([("type", r.kind), ("source", &*r.source)], gauge(r.sync == Sync::Synced)));
         family(&mut encoder, "mesh_registry_up", "Whether the last read of a registry worked", None, up)?;
         let synced = registries.iter().filter_map(|r| {
             let at = r.last_sync?.duration_since(UNIX_EPOCH).ok()?.as_secs_f64();
@@ -139,6 +144,12 @@ fn family<'a, const N: usize, M: EncodeMetric>(
 }
 
 /// Writes a metric without labels.
-fn single(encoder: &mut DescriptorEncoder, name: &str, help: &str, unit: Option<&Unit>, value: &impl EncodeMetric) -> fmt::Result {
+fn single(
+    encoder: &mut DescriptorEncoder,
+    name: &str,
+    help: &str,
+    unit: Option<&Unit>,
+    value: &impl EncodeMetric,
+) -> fmt::Result {
     value.encode(encoder.encode_descriptor(name, help, unit, value.metric_type())?)
 }

@@ -130,13 +130,18 @@ impl Mesh {
     /// SIGTERM, and its exit code.
     pub fn stop(&mut self) -> Option<i32> {
         let mut daemon = self.daemon.take().expect("the daemon runs");
-        rustix::process::kill_process(rustix::process::Pid::from_child(&daemon), rustix::process::Signal::TERM).unwrap();
+        rustix::process::kill_process(
+            rustix::process::Pid::from_child(&daemon),
+            rustix::process::Signal::TERM,
+        )
+        .unwrap();
         daemon.wait().unwrap().code()
     }
 
     pub fn hang_up(&self) {
         let daemon = self.daemon.as_ref().expect("the daemon runs");
-        rustix::process::kill_process(rustix::process::Pid::from_child(daemon), rustix::process::Signal::HUP).unwrap();
+        rustix::process::kill_process(rustix::process::Pid::from_child(daemon), rustix::process::Signal::HUP)
+            .unwrap();
     }
 
     fn log_path(&self) -> PathBuf {
@@ -163,7 +168,11 @@ impl Mesh {
 
     /// The kernel's table, read from the pins.
     pub fn lb(&self) -> Value {
-        let output = Command::new(binary()).args(["bpf", "lb", "-o", "json", "--config"]).arg(&self.config).output().unwrap();
+        let output = Command::new(binary())
+            .args(["bpf", "lb", "-o", "json", "--config"])
+            .arg(&self.config)
+            .output()
+            .unwrap();
         assert!(output.status.success(), "{}", text(&output));
         serde_json::from_slice(&output.stdout).unwrap()
     }
@@ -173,11 +182,16 @@ impl Mesh {
         let lb = self.lb();
         let row = lb.as_array().unwrap().iter().find(|row| row["frontend"] == frontend);
         let shares = row.and_then(|row| row["backends"].as_array()).cloned().unwrap_or_default();
-        shares.iter().map(|share| format!("{}:{}", share["address"].as_str().unwrap(), share["port"])).collect()
+        shares
+            .iter()
+            .map(|share| format!("{}:{}", share["address"].as_str().unwrap(), share["port"]))
+            .collect()
     }
 
     pub fn wait_for_backends(&self, frontend: &str, count: usize) {
-        wait_until(&format!("{count} backends at {frontend}"), || self.kernel_backends(frontend).len() == count);
+        wait_until(&format!("{count} backends at {frontend}"), || {
+            self.kernel_backends(frontend).len() == count
+        });
     }
 
     /// A command whose sockets are translated.
@@ -235,12 +249,16 @@ pub fn service(name: &str, port: u16, vip: &str, instances: &[(&str, u16)]) -> S
 
 /// As [`service`], with weights.
 pub fn weighted_service(name: &str, port: u16, vip: &str, instances: &[(&str, u16, u16)]) -> String {
-    let mut text = format!("[[service]]\nname = {name:?}\nnamespace = \"service.local\"\nport = {port}\npolicy = \"random\"\n");
+    let mut text = format!(
+        "[[service]]\nname = {name:?}\nnamespace = \"service.local\"\nport = {port}\npolicy = \"random\"\n"
+    );
     if !vip.is_empty() {
         text += &format!("vip = {vip:?}\n");
     }
     for (n, (address, port, weight)) in instances.iter().enumerate() {
-        text += &format!("[[service.instance]]\nid = \"{name}-{n}\"\naddress = {address:?}\nport = {port}\nweight = {weight}\n");
+        text += &format!(
+            "[[service.instance]]\nid = \"{name}-{n}\"\naddress = {address:?}\nport = {port}\nweight = {weight}\n"
+        );
     }
     text
 }
@@ -258,6 +276,7 @@ fn replace(path: &Path, text: &str) {
 
 fn cgroup2() -> PathBuf {
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("cgroup2 is mounted");
+    let mount =
+        mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("cgroup2 is mounted");
     mount.split(' ').nth(1).unwrap().into()
 }

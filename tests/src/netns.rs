@@ -16,7 +16,20 @@ pub struct Host(String);
 impl Pair {
     pub fn new() -> Self {
         let pair = Self { client: Host::new("c"), server: Host::new("s") };
-        ip(&["link", "add", "v0", "netns", &pair.client.0, "type", "veth", "peer", "name", "v0", "netns", &pair.server.0]);
+        ip(&[
+            "link",
+            "add",
+            "v0",
+            "netns",
+            &pair.client.0,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "v0",
+            "netns",
+            &pair.server.0,
+        ]);
         for (host, address) in [(&pair.client, "10.213.0.1/24"), (&pair.server, "10.213.0.2/24")] {
             ip(&["-n", &host.0, "address", "add", address, "dev", "v0"]);
             ip(&["-n", &host.0, "link", "set", "v0", "up"]);

@@ -21,7 +21,8 @@ fn lints() -> anyhow::Result<()> {
     command(cargo().args(all).args(strict))?;
     // The kernel programs, for their own target.
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let path = std::env::join_paths(std::iter::once(tools().join("bin")).chain(std::env::split_paths(&path)))?;
+    let path =
+        std::env::join_paths(std::iter::once(tools().join("bin")).chain(std::env::split_paths(&path)))?;
     let kernel = ["clippy", "--release", "--locked", "--package", "mesh-ebpf", "-Z", "build-std=core"];
     command(
         cargo()

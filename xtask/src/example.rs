@@ -1,7 +1,6 @@
 //! The two sides of the example: a backend and a client, each a process of its own.
 
 use std::{
-    fs,
     io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream},
     path::PathBuf,
@@ -9,6 +8,8 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
+
+use crate::tools::enter;
 
 /// Serves HTTP on a port of the kernel's choice, which is printed first.
 pub(crate) fn backend(name: &str) -> anyhow::Result<()> {
@@ -39,10 +40,10 @@ pub(crate) struct ClientArgs {
 
 /// Prints a line per call: who answered, and what `getpeername` says.
 pub(crate) fn client(args: &ClientArgs) -> anyhow::Result<()> {
-    let procs = args.cgroup.join("cgroup.procs");
-    fs::write(&procs, std::process::id().to_string()).with_context(|| format!("cannot enter {}", procs.display()))?;
+    enter(&args.cgroup)?;
     for _ in 0..args.calls {
-        let mut stream = TcpStream::connect(args.address).with_context(|| format!("connect to {}", args.address))?;
+        let mut stream =
+            TcpStream::connect(args.address).with_context(|| format!("connect to {}", args.address))?;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
         let peer = stream.peer_addr()?;
         write!(stream, "GET / HTTP/1.1\r\nhost: backend\r\nconnection: close\r\n\r\n")?;

@@ -4,9 +4,11 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod build;
 mod ci;
 mod example;
+mod node;
 mod run;
 mod setup;
 mod test;
@@ -32,8 +34,13 @@ enum Command {
     Run(run::Args),
     /// Run every test, including those that need root.
     Test,
+    /// Measure what a connect costs, against direct connects; writes bench/report/. Needs root or sudo.
+    Bench(bench::Args),
     /// What CI runs: format, lints, the example, every test.
     Ci,
+    /// The client of the benchmark: times connects of sockets made inside and outside a cgroup.
+    #[command(hide = true)]
+    BenchClient(bench::ClientArgs),
     /// A backend of the example: prints its port, answers HTTP with its name.
     #[command(hide = true)]
     ExampleBackend { name: String },
@@ -48,6 +55,8 @@ fn main() -> ExitCode {
         Command::Build => build::mesh(),
         Command::Run(args) => run::run(&args),
         Command::Test => test::run(),
+        Command::Bench(args) => bench::run(&args),
+        Command::BenchClient(args) => bench::client(&args),
         Command::Ci => ci::run(),
         Command::ExampleBackend { name } => example::backend(&name),
         Command::ExampleClient(args) => example::client(&args),

@@ -3,10 +3,8 @@
 
 use std::{
     collections::BTreeMap,
-    env, fs,
+    env,
     io::{BufRead, BufReader},
-    net::TcpListener,
-    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::mpsc,
     time::{Duration, Instant},
@@ -17,7 +15,8 @@ use serde_json::Value;
 
 use crate::{
     build,
-    tools::{self, as_root, find, is_root},
+    node::Node,
+    tools::{self, again_as_root, as_root},
 };
 
 const VIP: &str = "127.128.0.10";
@@ -51,11 +50,8 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if !args.mesh.is_empty() {
         return tools::run(as_root(tools::mesh()).arg("run").args(&args.mesh));
     }
-    if !is_root() {
-        ensure!(find("sudo"), "the example loads programs into the kernel: run it as root, or install sudo");
-        let mut again = as_root(env::current_exe()?);
-        again.args(["run", "--built"]).args(args.once.then_some("--once"));
-        return tools::run(&mut again);
+    if let Some(result) = again_as_root(&["run", "--built"], args.once.then_some("--once")) {
+        return result;
     }
     // Before anything is started, so that Ctrl-C always comes by here and cleans up.
     let (tell, interrupted) = mpsc::channel();
@@ -65,7 +61,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 
     let mut example = Example::start()?;
     example.calls("Three backends", &NAMES)?;
-    println!("\nNow backend-2 leaves the registry file ({})", example.services.display());
+    println!("\nNow backend-2 leaves the registry file ({})", example.node.services.display());
     example.backends.remove("backend-2");
     example.write_services()?;
     example.wait_for(2)?;
@@ -77,14 +73,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Everything the example made; dropping it removes all of it.
+/// A node with three backends; dropping it removes all of it.
 struct Example {
-    dir: PathBuf,
-    cgroup: PathBuf,
-    services: PathBuf,
-    socket: PathBuf,
-    config: PathBuf,
-    web: String,
+    node: Node,
     /// Name → port.
     backends: BTreeMap<&'static str, u16>,
     children: Vec<Child>,
@@ -92,34 +83,14 @@ struct Example {
 
 impl Example {
     fn start() -> anyhow::Result<Self> {
-        let dir = tools::root().join("target/example");
-        let cgroup = cgroup2()?.join("mesh-example");
-        fs::create_dir_all(&dir)?;
-        let mut example = Self {
-            services: dir.join("services.toml"),
-            socket: dir.join("api.sock"),
-            config: dir.join("mesh.toml"),
-            web: web_address()?,
-            dir,
-            cgroup,
-            backends: BTreeMap::new(),
-            children: Vec::new(),
-        };
-        if example.mesh(&["status", "--brief"]).output().is_ok_and(|output| output.status.success()) {
-            // Not ours to clean up.
-            std::mem::forget(example);
-            bail!("the example is already running");
-        }
-        fs::create_dir_all(&example.cgroup)?;
+        let node = Node::new("mesh-example")?;
+        let mut example = Self { node, backends: BTreeMap::new(), children: Vec::new() };
         for name in NAMES {
             let port = example.start_backend(name)?;
             example.backends.insert(name, port);
         }
         example.write_services()?;
-        example.write_config()?;
-        let daemon = Command::new(tools::mesh()).args(["run", "--config"]).arg(&example.config).spawn()?;
-        example.children.push(daemon);
-        let status = tools::output(&mut example.mesh(&["status", "--brief", "--wait=15s"]))?;
+        let status = example.node.start()?;
         println!("mesh: {status}");
         Ok(example)
     }
@@ -140,41 +111,20 @@ impl Example {
              port = {PORT}\nvip = \"{VIP}\"\npolicy = \"random\"\n"
         );
         for (name, port) in &self.backends {
-            text += &format!("\n[[service.instance]]\nid = \"{name}\"\naddress = \"127.0.0.1\"\nport = {port}\n");
+            text +=
+                &format!("\n[[service.instance]]\nid = \"{name}\"\naddress = \"127.0.0.1\"\nport = {port}\n");
         }
         text += "\n# Nobody serves this one: a connect is refused at once.\n[[service]]\nname = \"empty\"\n\
                  namespace = \"service.local\"\nport = 8081\n";
-        let new = self.services.with_extension("new");
-        fs::write(&new, text)?;
-        Ok(fs::rename(new, &self.services)?)
-    }
-
-    fn write_config(&self) -> anyhow::Result<()> {
-        let show = |path: &Path| path.display().to_string();
-        let text = format!(
-            "[node]\ncgroup = {:?}\npin_dir = \"/sys/fs/bpf/mesh-example\"\nstate_dir = {:?}\n\n\
-             [api]\nsocket = {:?}\n\n[web]\nlisten = {:?}\n\n[backends]\nallow_loopback = true\n\n\
-             [[registry]]\ntype = \"file\"\npath = {:?}\n",
-            show(&self.cgroup),
-            show(&self.dir.join("state")),
-            show(&self.socket),
-            self.web,
-            show(&self.services)
-        );
-        Ok(fs::write(&self.config, text)?)
-    }
-
-    fn mesh(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(tools::mesh());
-        command.args(args).arg("--socket").arg(&self.socket);
-        command
+        self.node.write_services(&text)
     }
 
     /// Waits until so many backends are in the maps.
     fn wait_for(&self, backends: usize) -> anyhow::Result<()> {
         let start = Instant::now();
         while start.elapsed() < Duration::from_secs(10) {
-            let list = tools::output(&mut self.mesh(&["explain", &format!("{VIP}:{PORT}"), "-o", "json"]))?;
+            let list =
+                tools::output(&mut self.node.mesh(&["explain", &format!("{VIP}:{PORT}"), "-o", "json"]))?;
             let list: Value = serde_json::from_str(&list)?;
             if list[0]["backends"].as_array().map(Vec::len) == Some(backends) {
                 return Ok(());
@@ -187,7 +137,10 @@ impl Example {
     /// Calls the service through its VIP and checks who answered.
     fn calls(&self, title: &str, expected: &[&str]) -> anyhow::Result<()> {
         let mut client = Command::new(env::current_exe()?);
-        client.arg("example-client").arg(&self.cgroup).args([format!("{VIP}:{PORT}"), CALLS.to_string()]);
+        client
+            .arg("example-client")
+            .arg(&self.node.cgroup)
+            .args([format!("{VIP}:{PORT}"), CALLS.to_string()]);
         let lines = tools::output(&mut client)?;
         let mut answers = BTreeMap::<_, u32>::new();
         let mut peers = BTreeMap::<_, u32>::new();
@@ -203,15 +156,18 @@ impl Example {
             println!("  getpeername said {peer} {count} times");
         }
         ensure!(answers.values().sum::<u32>() == CALLS, "a call got no answer");
-        ensure!(answers.keys().all(|name| expected.contains(name)), "a backend answered that is not in the registry");
+        ensure!(
+            answers.keys().all(|name| expected.contains(name)),
+            "a backend answered that is not in the registry"
+        );
         ensure!(answers.len() == expected.len(), "a backend in the registry got no call");
         ensure!(peers.keys().eq([&format!("{VIP}:{PORT}").as_str()]), "getpeername must show the VIP");
         Ok(())
     }
 
     fn hint(&self) {
-        let (mesh, socket, cgroup) = (tools::mesh(), self.socket.display(), self.cgroup.display());
-        let (mesh, services) = (mesh.display(), self.services.display());
+        let (mesh, socket, cgroup) = (tools::mesh(), self.node.socket.display(), self.node.cgroup.display());
+        let (mesh, services) = (mesh.display(), self.node.services.display());
         println!(
             "\nThe daemon runs until Ctrl-C. As root, in another shell:\n\
              \n  a call from inside the managed cgroup\n    \
@@ -220,37 +176,16 @@ impl Example {
              \n  what is in the kernel\n    {mesh} bpf lb --socket {socket}\n\
              \n  change the registry while it runs\n    $EDITOR {services}\n\
              \n  metrics\n    curl -s http://{}/metrics",
-            self.web
+            self.node.web
         );
     }
 }
 
 impl Drop for Example {
     fn drop(&mut self) {
-        // The daemon last started goes first, by SIGTERM, so that it logs its end.
-        if let Some(daemon) = self.children.get_mut(NAMES.len()) {
-            let pid = rustix::process::Pid::from_child(daemon);
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
-            let _ = daemon.wait();
-        }
         for child in &mut self.children {
             let _ = child.kill();
             let _ = child.wait();
         }
-        let _ = Command::new(tools::mesh()).args(["cleanup", "--config"]).arg(&self.config).stderr(Stdio::null()).status();
-        let _ = fs::remove_dir(&self.cgroup);
     }
-}
-
-fn cgroup2() -> anyhow::Result<PathBuf> {
-    let mounts = fs::read_to_string("/proc/self/mounts")?;
-    let mount = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>()).find(|fields| fields.get(2) == Some(&"cgroup2"));
-    let mount = mount.context("no cgroup2 file system is mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")?;
-    Ok(mount[1].into())
-}
-
-/// The usual address where it is free, else any.
-fn web_address() -> anyhow::Result<String> {
-    let listener = TcpListener::bind("127.0.0.1:9464").or_else(|_| TcpListener::bind("127.0.0.1:0"))?;
-    Ok(listener.local_addr()?.to_string())
 }

@@ -1,11 +1,6 @@
 //! Set-up: uses what is there, installs what is missing, says what it does.
 
-use std::{
-    env, fs,
-    os::unix::fs::PermissionsExt,
-    path::Path,
-    process::Command,
-};
+use std::{env, fs, os::unix::fs::PermissionsExt, path::Path, process::Command};
 
 use anyhow::{Context, bail};
 
@@ -15,8 +10,13 @@ use crate::tools::{self, as_root, cargo, find, output, run};
 const BPF_LINKER: &str = "0.10.3";
 
 /// Programs the tests call, and the Debian packages they come from.
-const PROGRAMS: [(&str, &str); 5] =
-    [("curl", "curl"), ("nginx", "nginx-light"), ("ip", "iproute2"), ("nsenter", "util-linux"), ("python3", "python3")];
+const PROGRAMS: [(&str, &str); 5] = [
+    ("curl", "curl"),
+    ("nginx", "nginx-light"),
+    ("ip", "iproute2"),
+    ("nsenter", "util-linux"),
+    ("python3", "python3"),
+];
 
 pub(crate) fn everything() -> anyhow::Result<()> {
     toolchain()?;
@@ -46,10 +46,20 @@ fn bpf_linker() -> anyhow::Result<()> {
         return Ok(());
     }
     let llvm = llvm_version()?;
-    eprintln!("setup: building bpf-linker {BPF_LINKER} with rustc's own LLVM {llvm} into target/tools (about a minute)");
+    eprintln!(
+        "setup: building bpf-linker {BPF_LINKER} with rustc's own LLVM {llvm} into target/tools (about a minute)"
+    );
     let build = tools::tools().join("build");
     run(cargo()
-        .args(["install", "bpf-linker", "--locked", "--quiet", "--version", BPF_LINKER, "--no-default-features"])
+        .args([
+            "install",
+            "bpf-linker",
+            "--locked",
+            "--quiet",
+            "--version",
+            BPF_LINKER,
+            "--no-default-features",
+        ])
         .args(["--features", &format!("llvm-{llvm},rust-llvm-{llvm}")])
         .arg("--root")
         .arg(tools::tools())
@@ -62,7 +72,8 @@ fn bpf_linker() -> anyhow::Result<()> {
 fn llvm_version() -> anyhow::Result<String> {
     let version = output(Command::new("rustc").arg("-vV").current_dir(tools::root()))?;
     let llvm = version.lines().find_map(|line| line.strip_prefix("LLVM version: "));
-    let major = llvm.and_then(|llvm| llvm.split('.').next()).context("rustc does not say its LLVM version")?;
+    let major =
+        llvm.and_then(|llvm| llvm.split('.').next()).context("rustc does not say its LLVM version")?;
     Ok(major.to_owned())
 }
 
@@ -81,7 +92,14 @@ pub(crate) fn packages() -> anyhow::Result<()> {
     let _quiet = NoServices::new()?;
     run(as_root("apt-get").args(["update", "-qq"]))?;
     run(as_root("env")
-        .args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "-y", "-qq", "--no-install-recommends"])
+        .args([
+            "DEBIAN_FRONTEND=noninteractive",
+            "apt-get",
+            "install",
+            "-y",
+            "-qq",
+            "--no-install-recommends",
+        ])
         .args(&missing))
     .with_context(|| format!("install them yourself: apt-get install {names}"))
 }

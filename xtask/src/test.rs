@@ -24,4 +24,3 @@ pub(crate) fn run() -> anyhow::Result<()> {
     }
     tools::run(&mut live).context("a test failed")
 }
-

@@ -73,3 +73,24 @@ pub(crate) fn as_root(program: impl AsRef<std::ffi::OsStr>) -> Command {
     command.arg(program);
     command
 }
+
+/// Runs this workflow again through sudo if we are not root; none if we are.
+pub(crate) fn again_as_root(args: &[&str], more: Option<&str>) -> Option<anyhow::Result<()>> {
+    if is_root() {
+        return None;
+    }
+    if !find("sudo") {
+        return Some(Err(anyhow::anyhow!(
+            "this loads programs into the kernel: run it as root, or install sudo"
+        )));
+    }
+    let again = env::current_exe().map_err(anyhow::Error::from);
+    Some(again.and_then(|again| run(as_root(again).args(args).args(more))))
+}
+
+/// Moves this process into a cgroup.
+pub(crate) fn enter(cgroup: &Path) -> anyhow::Result<()> {
+    let procs = cgroup.join("cgroup.procs");
+    std::fs::write(&procs, std::process::id().to_string())
+        .with_context(|| format!("cannot enter {}", procs.display()))
+}

@@ -12,7 +12,8 @@ use tokio::net::UnixStream;
 /// Asks the daemon behind `socket` for the object at `path`.
 pub async fn get<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {
     let stream = UnixStream::connect(socket).await;
-    let stream = stream.with_context(|| format!("cannot reach the daemon at {}: is it running?", socket.display()))?;
+    let stream =
+        stream.with_context(|| format!("cannot reach the daemon at {}: is it running?", socket.display()))?;
     let (mut sender, connection) = handshake(TokioIo::new(stream)).await?;
     tokio::spawn(connection);
     let request = Request::get(path).header("host", "mesh").body(Empty::<Bytes>::new())?;

@@ -150,10 +150,8 @@ impl From<Health> for BackendState {
 
 impl Status {
     pub fn of(view: &View) -> Self {
-        let programs = PROGRAMS.map(|name| Program {
-            name: name.into(),
-            attached: view.pins.link_info(name).is_some(),
-        });
+        let programs =
+            PROGRAMS.map(|name| Program { name: name.into(), attached: view.pins.link_info(name).is_some() });
         let report = view.report.borrow().clone();
         let catalog = view.catalog.borrow().clone();
         let conflicts = catalog.iter().flat_map(|catalog| &catalog.conflicts).cloned();
@@ -176,7 +174,11 @@ impl Status {
                 .collect(),
             maps: view.maps(),
             services: catalog.as_ref().map_or(0, |catalog| catalog.services.len()),
-            backends: catalog.iter().flat_map(|c| c.services.values()).map(|e| e.service.instances.len()).sum(),
+            backends: catalog
+                .iter()
+                .flat_map(|c| c.services.values())
+                .map(|e| e.service.instances.len())
+                .sum(),
             problems: conflicts.chain(report.refused).chain(report.error).collect(),
         }
     }
@@ -253,7 +255,11 @@ impl Backend {
     pub fn all(view: &View) -> Vec<Self> {
         let catalog = view.catalog.borrow().clone();
         let applied = view.applied.read().expect("no writer panics");
-        catalog.iter().flat_map(|catalog| catalog.services.values()).flat_map(|entry| Self::of(entry, &applied)).collect()
+        catalog
+            .iter()
+            .flat_map(|catalog| catalog.services.values())
+            .flat_map(|entry| Self::of(entry, &applied))
+            .collect()
     }
 
     fn of(entry: &Entry, applied: &Applied) -> Vec<Self> {
@@ -292,16 +298,22 @@ impl Explanation {
             }
             Dialled::Name { name, port } => {
                 let named = entries.filter(|entry| entry.service.answers_to(name));
-                let found: Vec<_> = named.flat_map(|entry| entry.vips.iter().map(move |vip| (entry, *vip))).collect();
+                let found: Vec<_> =
+                    named.flat_map(|entry| entry.vips.iter().map(move |vip| (entry, *vip))).collect();
                 let Some((_, vip)) = found.first().copied() else {
                     return Err(format!("no service is named {name:?}"));
                 };
-                let at = found.into_iter().filter(|(entry, _)| port.is_none_or(|port| port == entry.service.id.port.get()));
+                let at = found
+                    .into_iter()
+                    .filter(|(entry, _)| port.is_none_or(|port| port == entry.service.id.port.get()));
                 (at.collect(), Some((vip, *port)))
             }
         };
         if !found.is_empty() {
-            return Ok(found.into_iter().map(|(entry, vip)| Self::translated(entry, vip, &applied)).collect());
+            return Ok(found
+                .into_iter()
+                .map(|(entry, vip)| Self::translated(entry, vip, &applied))
+                .collect());
         }
         let (address, port) = address.expect("set above");
         let target = port.map_or(address.to_string(), |port| join(address, port));
@@ -315,7 +327,9 @@ impl Explanation {
         };
         let in_range = view.config.borrow().rules.vip(address).is_ok();
         Ok(vec![match in_range {
-            true => unknown(Verdict::Refused, "the address is in a VIP range, but no service has it on this port"),
+            true => {
+                unknown(Verdict::Refused, "the address is in a VIP range, but no service has it on this port")
+            }
             false => unknown(Verdict::Untouched, "the address is in no VIP range"),
         }])
     }
@@ -329,7 +343,14 @@ impl Explanation {
         } else if backends.is_empty() {
             (Verdict::Refused, "the service has no backend".to_owned())
         } else {
-            (Verdict::Translated, format!("{} of {} backends get new connections", backends.len(), entry.instances(vip).count()))
+            (
+                Verdict::Translated,
+                format!(
+                    "{} of {} backends get new connections",
+                    backends.len(),
+                    entry.instances(vip).count()
+                ),
+            )
         };
         Self {
             target: join(vip, id.port.get()),

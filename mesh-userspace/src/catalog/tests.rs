@@ -32,7 +32,8 @@ fn build(registries: &[&[Service]]) -> Catalog {
     let dir = TempDir::new().unwrap();
     let ranges = ["127.128.0.0/10", "fd00:6d65:7368::/96"].map(|range| range.parse().unwrap());
     let mut vips = Vips::open(dir.path(), ranges.to_vec()).unwrap();
-    let snapshot = |services: &&[Service]| Some(Arc::new(Snapshot { services: services.to_vec(), complete: true }));
+    let snapshot =
+        |services: &&[Service]| Some(Arc::new(Snapshot { services: services.to_vec(), complete: true }));
     Catalog::build(&registries.iter().map(snapshot).collect::<Vec<_>>(), &mut vips)
 }
 
@@ -64,7 +65,9 @@ fn every_backend_is_behind_exactly_one_vip_it_can_be_reached_by() {
             let desired = catalog.desired();
             let reached: Vec<_> = desired
                 .iter()
-                .flat_map(|(frontend, backends)| backends.keys().map(|endpoint| (frontend.address, endpoint.address)))
+                .flat_map(|(frontend, backends)| {
+                    backends.keys().map(|endpoint| (frontend.address, endpoint.address))
+                })
                 .collect();
             assert_eq!(reached.len(), addresses.len(), "{vip:?} {addresses:?}");
             assert!(reached.iter().all(|(vip, backend)| !vip.is_v4() || backend.is_v4()), "{reached:?}");
@@ -74,7 +77,8 @@ fn every_backend_is_behind_exactly_one_vip_it_can_be_reached_by() {
 
 #[test]
 fn ports_of_one_name_share_its_vip() {
-    let catalog = build(&[&[service("a", 80, None, &[]), service("a", 81, None, &[]), service("b", 80, None, &[])]]);
+    let catalog =
+        build(&[&[service("a", 80, None, &[]), service("a", 81, None, &[]), service("b", 80, None, &[])]]);
     let vips: Vec<_> = catalog.services.values().map(|entry| entry.vips[0]).collect();
     assert_eq!(vips[0], vips[1]);
     assert_ne!(vips[0], vips[2]);
@@ -104,7 +108,11 @@ fn a_vip_that_was_given_out_is_not_taken_over() {
     let after = Catalog::build(&snapshot(vec![a.clone(), b.clone()]), &mut vips);
     assert_eq!(after.services[&b.id].vips, [vip]);
     assert!(after.services[&a.id].vips.is_empty());
-    assert!(after.conflicts[0].contains("already belongs to service b.service.local:80/tcp"), "{:?}", after.conflicts);
+    assert!(
+        after.conflicts[0].contains("already belongs to service b.service.local:80/tcp"),
+        "{:?}",
+        after.conflicts
+    );
 }
 
 #[test]

@@ -43,10 +43,17 @@ impl Vips {
     /// The VIP of a name in one family. A name keeps what it was given as long as the ranges
     /// hold it; a new one goes where its hash says, or to the next free place after that.
     /// `elsewhere` are addresses that services name themselves.
-    pub fn get(&mut self, namespace: &str, name: &str, v4: bool, elsewhere: &BTreeSet<IpAddr>) -> Option<IpAddr> {
+    pub fn get(
+        &mut self,
+        namespace: &str,
+        name: &str,
+        v4: bool,
+        elsewhere: &BTreeSet<IpAddr>,
+    ) -> Option<IpAddr> {
         let key = format!("{name}.{namespace}");
         let in_range = |vip: &&IpAddr| self.ranges.iter().any(|range| range.contains(*vip));
-        let known = self.given.get(&key).into_iter().flatten().filter(|vip| vip.is_ipv4() == v4).find(in_range);
+        let known =
+            self.given.get(&key).into_iter().flatten().filter(|vip| vip.is_ipv4() == v4).find(in_range);
         if let Some(vip) = known {
             return Some(*vip);
         }
@@ -82,7 +89,8 @@ fn place(range: &IpNet, key: &str, attempt: u64) -> IpAddr {
     let hash = xxh3_128_with_seed(key.as_bytes(), attempt);
     let host_bits = range.max_prefix_len() - range.prefix_len();
     // The first and the last address of a range are left alone, where there are others.
-    let hosts = 1u128.checked_shl(host_bits.into()).map_or(u128::MAX, |all| if all > 2 { all - 2 } else { all });
+    let hosts =
+        1u128.checked_shl(host_bits.into()).map_or(u128::MAX, |all| if all > 2 { all - 2 } else { all });
     let offset = hash % hosts + u128::from(host_bits > 1);
     match range.network() {
         IpAddr::V4(net) => {

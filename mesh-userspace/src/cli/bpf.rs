@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::output::{Format, or_dash, print, table};
 use crate::{
     api::objects::{Share, join},
-    datapath::{Maps, PROGRAMS, Pins, pinned_maps},
+    datapath::{Maps, PROGRAMS, Pins, ProgramInfo, pinned_maps, program_info},
     model::Protocol,
     plan::alias,
 };
@@ -48,7 +48,12 @@ pub(super) fn maps(pins: &Pins, format: Format) -> anyhow::Result<()> {
     print(format, &rows, |rows| {
         let headers = ["NAME", "ID", "TYPE", "KEY", "VALUE", "USED", "MAX"];
         let text = |row: &MapRow| {
-            let sizes = [row.key_bytes.to_string(), row.value_bytes.to_string(), or_dash(row.used), row.max.to_string()];
+            let sizes = [
+                row.key_bytes.to_string(),
+                row.value_bytes.to_string(),
+                or_dash(row.used),
+                row.max.to_string(),
+            ];
             [vec![row.name.into(), row.id.to_string(), row.r#type.clone()], sizes.into()].concat()
         };
         table(&headers, rows.iter().map(text))
@@ -62,24 +67,37 @@ struct ProgramRow {
     link: Option<u32>,
     program: Option<u32>,
     cgroup: Option<u64>,
+    /// Counted only while kernel.bpf_stats_enabled is set.
+    runs: Option<u64>,
+    run_ns: Option<u128>,
 }
 
 pub(super) fn programs(pins: &Pins, format: Format) -> anyhow::Result<()> {
     let rows = PROGRAMS.map(|name| {
         let info = pins.link_info(name);
+        let program = info.and_then(|info| program_info(info.program));
         ProgramRow {
             name,
             attached: info.is_some(),
             link: info.map(|info| info.id),
             program: info.map(|info| info.program),
             cgroup: info.map(|info| info.cgroup),
+            runs: program.as_ref().map(ProgramInfo::run_count),
+            run_ns: program.as_ref().map(|program| program.run_time().as_nanos()),
         }
     });
     print(format, &rows, |rows| {
-        let headers = ["NAME", "ATTACHED", "LINK", "PROGRAM", "CGROUP"];
+        let headers = ["NAME", "ATTACHED", "LINK", "PROGRAM", "CGROUP", "RUNS"];
         let text = |row: &ProgramRow| {
             let attached = if row.attached { "yes" } else { "no" };
-            vec![row.name.into(), attached.into(), or_dash(row.link), or_dash(row.program), or_dash(row.cgroup)]
+            vec![
+                row.name.into(),
+                attached.into(),
+                or_dash(row.link),
+                or_dash(row.program),
+                or_dash(row.cgroup),
+                or_dash(row.runs),
+            ]
         };
         table(&headers, rows.iter().map(text))
     })
@@ -111,10 +129,18 @@ pub(super) fn lb(pins: &Pins, format: Format) -> anyhow::Result<()> {
             let frontend = format!("{}/{}", row.frontend, row.protocol);
             let line = |share: &Share| {
                 let backend = join(share.address, share.port);
-                vec![frontend.clone(), row.service.to_string(), share.id.to_string(), backend, format!("{:.2} %", share.share * 100.0)]
+                vec![
+                    frontend.clone(),
+                    row.service.to_string(),
+                    share.id.to_string(),
+                    backend,
+                    format!("{:.2} %", share.share * 100.0),
+                ]
             };
             match row.backends.is_empty() {
-                true => vec![vec![frontend.clone(), row.service.to_string(), "-".into(), "-".into(), "-".into()]],
+                true => {
+                    vec![vec![frontend.clone(), row.service.to_string(), "-".into(), "-".into(), "-".into()]]
+                }
                 false => row.backends.iter().map(line).collect::<Vec<_>>(),
             }
         };

@@ -49,14 +49,18 @@ fn note(check: &'static str, detail: impl Into<String>) -> Finding {
     Finding { result: Level::Note, ..ok(check, detail) }
 }
 
-fn fail(check: &'static str, detail: impl ToString, hint: impl Into<String>) -> Finding {
-    Finding { check, result: Level::Fail, detail: detail.to_string(), hint: Some(hint.into()) }
+fn fail(check: &'static str, detail: impl Into<String>, hint: impl Into<String>) -> Finding {
+    Finding { result: Level::Fail, hint: Some(hint.into()), ..ok(check, detail) }
 }
 
 pub(super) fn run(path: Option<&Path>, socket: &Path, pre: bool, format: Format) -> anyhow::Result<ExitCode> {
     let mut findings = Vec::new();
     match config::load(path) {
-        Err(error) => findings.push(fail("config", error, "mend the file, then `mesh config validate FILE`")),
+        Err(error) => findings.push(fail(
+            "config",
+            error.to_string(),
+            "mend the file, then `mesh config validate FILE`",
+        )),
         Ok(config) => {
             let name = config.path.as_ref().map_or("defaults".into(), |path| path.display().to_string());
             findings.push(ok("config", name));
@@ -90,16 +94,24 @@ fn node(config: &Config, findings: &mut Vec<Finding>) {
     findings.push(if root || effective.contains(CapabilitySet::BPF | CapabilitySet::NET_ADMIN) {
         ok("capabilities", if root { "CAP_SYS_ADMIN" } else { "CAP_BPF and CAP_NET_ADMIN" })
     } else {
-        fail("capabilities", "CAP_BPF and CAP_NET_ADMIN are missing", "run as root, or give both to the daemon")
+        fail(
+            "capabilities",
+            "CAP_BPF and CAP_NET_ADMIN are missing",
+            "run as root, or give both to the daemon",
+        )
     });
     // Versions lie about features; the kernel's own verifier does not.
     findings.push(match datapath::probe() {
         Ok(()) => ok("kernel", format!("{kernel} takes the programs")),
-        Err(error) => fail("kernel", format!("{kernel}: {error}"), "Linux 6.1 or later with CONFIG_CGROUP_BPF, as root"),
+        Err(error) => {
+            fail("kernel", format!("{kernel}: {error}"), "Linux 6.1 or later with CONFIG_CGROUP_BPF, as root")
+        }
     });
     findings.push(match config.node.cgroup() {
         Ok(cgroup) => ok("cgroup2", cgroup.display().to_string()),
-        Err(error) => fail("cgroup2", error, "mount cgroup2, or set node.cgroup to a directory of one"),
+        Err(error) => {
+            fail("cgroup2", error.to_string(), "mount cgroup2, or set node.cgroup to a directory of one")
+        }
     });
     let pin_dir = &config.node.pin_dir;
     findings.push(if mounts::is_bpffs(pin_dir) {
@@ -107,7 +119,11 @@ fn node(config: &Config, findings: &mut Vec<Finding>) {
     } else if pin_dir.starts_with("/sys/fs/bpf") {
         note("bpffs", "not mounted at /sys/fs/bpf; the daemon mounts it when it starts")
     } else {
-        fail("bpffs", format!("{} is not on a BPF file system", pin_dir.display()), "set node.pin_dir below /sys/fs/bpf")
+        fail(
+            "bpffs",
+            format!("{} is not on a BPF file system", pin_dir.display()),
+            "set node.pin_dir below /sys/fs/bpf",
+        )
     });
     findings.push(note(
         "sandboxes",
@@ -122,7 +138,9 @@ fn ports(config: &Config, running: bool, findings: &mut Vec<Finding>) {
     }
     findings.push(match TcpListener::bind(config.web.listen) {
         Ok(_) => ok("ports", config.web.listen.to_string()),
-        Err(error) => fail("ports", format!("web.listen {}: {error}", config.web.listen), "set another web.listen"),
+        Err(error) => {
+            fail("ports", format!("web.listen {}: {error}", config.web.listen), "set another web.listen")
+        }
     });
 }
 
@@ -134,7 +152,9 @@ fn registries(config: &Config, findings: &mut Vec<Finding>) {
         let config::Registry::File { path } = registry;
         findings.push(match registry::file::validate(path, &config.rules) {
             Ok(services) => ok("registry", format!("file {}: {services} services", path.display())),
-            Err(error) => fail("registry", error, "mend the file; the daemon keeps the last good content"),
+            Err(error) => {
+                fail("registry", error.to_string(), "mend the file; the daemon keeps the last good content")
+            }
         });
     }
 }
@@ -151,9 +171,16 @@ fn ask_status(socket: &Path) -> anyhow::Result<Status> {
 fn daemon(status: anyhow::Result<Status>, findings: &mut Vec<Finding>) {
     let status = match status {
         Ok(status) => status,
-        Err(error) => return findings.push(fail("daemon", format!("{error:#}"), "start it with `mesh run`, or see --socket")),
+        Err(error) => {
+            return findings.push(fail(
+                "daemon",
+                format!("{error:#}"),
+                "start it with `mesh run`, or see --socket",
+            ));
+        }
     };
-    let unattached: Vec<_> = status.programs.iter().filter(|program| !program.attached).map(|program| &*program.name).collect();
+    let unattached: Vec<_> =
+        status.programs.iter().filter(|program| !program.attached).map(|program| &*program.name).collect();
     findings.push(if unattached.is_empty() {
         ok("programs", "all attached")
     } else {
@@ -161,9 +188,16 @@ fn daemon(status: anyhow::Result<Status>, findings: &mut Vec<Finding>) {
     });
     for registry in status.registries.iter().filter(|registry| registry.state != Sync::Synced) {
         let error = registry.error.clone().unwrap_or_else(|| "no answer yet".into());
-        findings.push(fail("registry", format!("{} {}: {error}", registry.r#type, registry.source), "the last good content is in use"));
+        findings.push(fail(
+            "registry",
+            format!("{} {}: {error}", registry.r#type, registry.source),
+            "the last good content is in use",
+        ));
     }
-    findings.extend(status.problems.iter().map(|problem| fail("services", problem, "see `mesh status`")));
-    let ready = if status.ready { ok("daemon", "ready") } else { fail("daemon", "not ready", "see `mesh status`") };
+    findings.extend(
+        status.problems.iter().map(|problem| fail("services", problem.as_str(), "see `mesh status`")),
+    );
+    let ready =
+        if status.ready { ok("daemon", "ready") } else { fail("daemon", "not ready", "see `mesh status`") };
     findings.push(ready);
 }

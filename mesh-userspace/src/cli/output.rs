@@ -31,7 +31,11 @@ impl TableFormat {
 }
 
 /// Prints `value` as data, or `table` of it.
-pub(super) fn print<T: Serialize>(format: Format, value: &T, table: impl FnOnce(&T) -> String) -> anyhow::Result<()> {
+pub(super) fn print<T: Serialize>(
+    format: Format,
+    value: &T,
+    table: impl FnOnce(&T) -> String,
+) -> anyhow::Result<()> {
     match format {
         Format::Table => print!("{}", table(value)),
         Format::Json => println!("{}", serde_json::to_string_pretty(value)?),
@@ -70,5 +74,8 @@ pub(super) fn or_dash<T: ToString>(item: Option<T>) -> String {
 
 /// As in JSON, without the quotes.
 pub(super) fn word<T: Serialize>(value: &T) -> String {
-    serde_json::to_value(value).ok().and_then(|value| value.as_str().map(ToOwned::to_owned)).unwrap_or_default()
+    serde_json::to_value(value)
+        .ok()
+        .and_then(|value| value.as_str().map(ToOwned::to_owned))
+        .unwrap_or_default()
 }

@@ -32,7 +32,12 @@ pub(super) enum Detail {
     Verbose,
 }
 
-pub(super) async fn status(socket: &Path, detail: Detail, wait: Option<Duration>, format: Format) -> anyhow::Result<ExitCode> {
+pub(super) async fn status(
+    socket: &Path,
+    detail: Detail,
+    wait: Option<Duration>,
+    format: Format,
+) -> anyhow::Result<ExitCode> {
     let deadline = Instant::now() + wait.unwrap_or_default();
     let status: Status = loop {
         let answer = client::get::<Status>(socket, "/v1/status").await;
@@ -65,7 +70,10 @@ fn status_text(status: &Status, detail: Detail) -> String {
     ];
     for registry in &status.registries {
         let error = registry.error.as_ref().map(|error| format!(": {error}")).unwrap_or_default();
-        rows.push(vec!["registry".into(), format!("{} {} {}{error}", registry.r#type, registry.source, word(&registry.state))]);
+        rows.push(vec![
+            "registry".into(),
+            format!("{} {} {}{error}", registry.r#type, registry.source, word(&registry.state)),
+        ]);
     }
     for problem in &status.problems {
         rows.push(vec!["problem".into(), problem.clone()]);
@@ -94,7 +102,10 @@ pub(super) async fn services(socket: &Path, name: Option<&str>, args: &ListArgs)
             ];
             if wide {
                 row.extend([list(&service.aliases), word(&service.policy)]);
-                row.extend([service.backends.draining, service.backends.unhealthy, service.backends.ejected].map(|n| n.to_string()));
+                row.extend(
+                    [service.backends.draining, service.backends.unhealthy, service.backends.ejected]
+                        .map(|n| n.to_string()),
+                );
             }
             row
         });
@@ -169,7 +180,8 @@ pub(super) async fn registries(socket: &Path, args: &ListArgs) -> anyhow::Result
                 or_dash(registry.error.clone()),
             ]
         });
-        let headers: &[&str] = if args.no_headers { &[] } else { &["TYPE", "SOURCE", "STATE", "LAST SYNC", "ERROR"] };
+        let headers: &[&str] =
+            if args.no_headers { &[] } else { &["TYPE", "SOURCE", "STATE", "LAST SYNC", "ERROR"] };
         table(headers, rows)
     };
     let status: Status = client::get(socket, "/v1/status").await?;
@@ -179,7 +191,12 @@ pub(super) async fn registries(socket: &Path, args: &ListArgs) -> anyhow::Result
 }
 
 /// Prints what the daemon answers; with `--watch` again and again, when it changed.
-async fn follow<T>(socket: &Path, path: &str, args: &ListArgs, text: impl Fn(&T, bool) -> String) -> anyhow::Result<ExitCode>
+async fn follow<T>(
+    socket: &Path,
+    path: &str,
+    args: &ListArgs,
+    text: impl Fn(&T, bool) -> String,
+) -> anyhow::Result<ExitCode>
 where
     T: Serialize + DeserializeOwned,
 {
@@ -213,8 +230,11 @@ pub(super) async fn explain(socket: &Path, target: &str, format: Format) -> anyh
     let query: String = target.bytes().map(|byte| format!("%{byte:02x}")).collect();
     let explanations: Vec<Explanation> = client::get(socket, &format!("/v1/explain?target={query}")).await?;
     let here = is_managed(Path::new(&status.cgroup));
-    let explained: Vec<_> = explanations.into_iter().map(|explanation| Explained { explanation, here }).collect();
-    print(format, &explained, |explained| explained.iter().map(|one| explained_text(one, &status.cgroup)).collect())?;
+    let explained: Vec<_> =
+        explanations.into_iter().map(|explanation| Explained { explanation, here }).collect();
+    print(format, &explained, |explained| {
+        explained.iter().map(|one| explained_text(one, &status.cgroup)).collect()
+    })?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -227,10 +247,17 @@ fn explained_text(explained: &Explained, cgroup: &str) -> String {
     }
     for backend in backends {
         let share = backend.share * 100.0;
-        text += &format!("  {:>6.2} %  {}  (backend {})\n", share, join(backend.address, backend.port), backend.id);
+        text += &format!(
+            "  {:>6.2} %  {}  (backend {})\n",
+            share,
+            join(backend.address, backend.port),
+            backend.id
+        );
     }
     if !explained.here {
-        text += &format!("  but not from here: this process is outside {cgroup}, so its sockets are not translated\n");
+        text += &format!(
+            "  but not from here: this process is outside {cgroup}, so its sockets are not translated\n"
+        );
     }
     text
 }

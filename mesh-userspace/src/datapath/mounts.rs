@@ -66,7 +66,7 @@ pub fn ensure_bpffs(path: &Path) -> io::Result<()> {
 }
 
 fn magic_of(path: &Path) -> Option<u64> {
-    statfs(path).ok().map(|stat| stat.f_type.cast_unsigned() as u64)
+    statfs(path).ok().map(|stat| stat.f_type.cast_unsigned())
 }
 
 #[cfg(test)]

@@ -42,11 +42,6 @@ impl Words {
         Ok(Self { base, len })
     }
 
-    /// How many words there are.
-    pub fn len(&self) -> u32 {
-        self.len
-    }
-
     fn word(&self, index: u32) -> &AtomicU64 {
         assert!(index < self.len, "word {index} of {}", self.len);
         // SAFETY: in bounds of a live mapping, aligned because the mapping is page-aligned.
@@ -124,11 +119,7 @@ impl PinnedLink {
             let info = info.assume_init();
             (info, info.__bindgen_anon_1.cgroup.cgroup_id)
         };
-        Ok(LinkInfo {
-            id: info.id,
-            program: info.prog_id,
-            cgroup,
-        })
+        Ok(LinkInfo { id: info.id, program: info.prog_id, cgroup })
     }
 }
 

@@ -75,10 +75,7 @@ pub struct Ranges {
 impl Ranges {
     /// For a map of `entries`, all free.
     pub fn new(entries: u32) -> Self {
-        Self {
-            entries,
-            free: BTreeMap::from([(0, entries)]),
-        }
+        Self { entries, free: BTreeMap::from([(0, entries)]) }
     }
 
     /// A range of `len`; an empty one is always to be had, at 0.

@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use mesh_common::abi::{Backend, Frontend, ServiceWord, SlotWord};
 
 use super::{
-    Endpoint, Op, index,
+    Endpoint, Op,
     alloc::{Alloc, Ids, Ranges},
+    index,
 };
 
 /// The numbers of entries the maps were made with.
@@ -89,11 +90,7 @@ impl Applied {
             let word = dump.services.get(&id).copied().unwrap_or_default();
             let sound = word.exists() && !applied.services.contains_key(&id);
             if sound && applied.alloc.slots.claim(word.base(), word.count()) {
-                let service = Service {
-                    base: word.base(),
-                    words: slots(word),
-                    backends: BTreeMap::new(),
-                };
+                let service = Service { base: word.base(), words: slots(word), backends: BTreeMap::new() };
                 applied.services.insert(id, service);
                 applied.frontends.insert(frontend, id);
             } else {
@@ -101,10 +98,7 @@ impl Applied {
             }
         }
         for (&id, backend) in &dump.backends {
-            let endpoint = Endpoint {
-                address: backend.address,
-                port: backend.port,
-            };
+            let endpoint = Endpoint { address: backend.address, port: backend.port };
             applied.owners.insert(id, (backend.service, endpoint));
             let owner = applied.services.get_mut(&backend.service);
             if owner.is_none_or(|service| *service.backends.entry(endpoint).or_insert(id) != id) {

@@ -118,7 +118,8 @@ fn run(desired: &Desired, applied: &mut Applied, memory: &mut Memory) -> Vec<(Me
 fn worlds() -> impl Strategy<Value = Desired> {
     let backends = prop::collection::btree_map(0u8..5, 0u32..4, 0..4);
     prop::collection::btree_map(0u8..3, backends, 0..3).prop_map(|services| {
-        let backends = |list: BTreeMap<u8, u32>| list.into_iter().map(|(n, weight)| (endpoint(n), weight)).collect();
+        let backends =
+            |list: BTreeMap<u8, u32>| list.into_iter().map(|(n, weight)| (endpoint(n), weight)).collect();
         services.into_iter().map(|(n, list)| (frontend(n), backends(list))).collect()
     })
 }
@@ -129,16 +130,21 @@ fn check_reader(states: &[(Memory, Option<Op>)], from: &Desired, to: &Desired) {
     let graces = |at: &usize| matches!(states[*at].1, Some(Op::Grace));
     for n in 0..3 {
         let dialled = frontend(n);
-        let valid: BTreeSet<_> = [from, to].iter().filter_map(|world| selectable(world, &dialled)).flatten().collect();
+        let valid: BTreeSet<_> =
+            [from, to].iter().filter_map(|world| selectable(world, &dialled)).flatten().collect();
         for first in 0..states.len() {
             let last = (first..states.len()).find(graces).unwrap_or(states.len() - 1);
             let Some(id) = states[first].0.frontends.get(&dialled) else { continue };
             for second in first..=last {
                 let word = states[second].0.services[*id as usize];
                 let slots = word.base()..word.base() + word.count();
-                for (third, slot) in (second..=last).flat_map(|third| slots.clone().map(move |slot| (third, slot))) {
+                for (third, slot) in
+                    (second..=last).flat_map(|third| slots.clone().map(move |slot| (third, slot)))
+                {
                     let slot = states[third].0.slots[slot as usize];
-                    for (fourth, id) in (third..=last).flat_map(|fourth| [(fourth, slot.backend()), (fourth, slot.alias())]) {
+                    for (fourth, id) in
+                        (third..=last).flat_map(|fourth| [(fourth, slot.backend()), (fourth, slot.alias())])
+                    {
                         let reached = states[fourth].0.endpoint_of(id);
                         assert!(valid.contains(&reached), "{reached:?} was never a backend of {dialled:?}");
                     }
@@ -185,8 +191,8 @@ proptest! {
         prop_assert_eq!(last.backends.iter().filter(|backend| backend.flags != 0).count(), known, "leaked backends");
         prop_assert_eq!(applied.alloc.backends.used() as usize, known);
         prop_assert_eq!(applied.alloc.services.used() as usize, c.len());
-        let slots: u32 = c.values().map(|list| list.values().filter(|weight| **weight > 0).count() as u32).sum();
-        prop_assert_eq!(applied.alloc.slots.used(), slots);
+        let slots = c.values().flat_map(BTreeMap::values).filter(|weight| **weight > 0).count();
+        prop_assert_eq!(applied.alloc.slots.used() as usize, slots);
     }
 }
 
@@ -235,7 +241,10 @@ fn a_service_fits_whole_or_is_refused_whole() {
     let world = desired(&[(0, &many), (1, &many)]);
     let plan = plan(&world, &applied, Prune::Yes);
     let [refused] = &plan.refused[..] else { panic!("{:?}", plan.refused) };
-    assert_eq!((refused.frontend, refused.map, refused.needed, refused.free), (frontend(1), map::BACKENDS, 12, 3));
+    assert_eq!(
+        (refused.frontend, refused.map, refused.needed, refused.free),
+        (frontend(1), map::BACKENDS, 12, 3)
+    );
     assert_eq!(
         refused.to_string(),
         "service at 127.128.0.1 port 80 needs 12 more in map BACKENDS, which has 3 of 15 free in one piece"

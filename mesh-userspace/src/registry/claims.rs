@@ -34,7 +34,10 @@ impl Claims {
         }
         if let Some(vip) = service.vip {
             if let Some(owner) = self.frontends.get(&(vip, id.port, id.protocol)) {
-                return Err(format!("vip {vip} port {}/{} is already taken by service {owner}", id.port, id.protocol));
+                return Err(format!(
+                    "vip {vip} port {}/{} is already taken by service {owner}",
+                    id.port, id.protocol
+                ));
             }
             let name = (id.namespace.clone(), id.name.clone(), vip.is_ipv4());
             if let Some(other) = self.vips.get(&name).filter(|other| **other != vip) {

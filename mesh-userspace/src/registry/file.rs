@@ -120,7 +120,10 @@ impl Source {
         };
         let had_services = self.published.as_ref().is_some_and(|snapshot| !snapshot.services.is_empty());
         if paths.is_empty() && had_services {
-            let error = FileError::new(&self.path, "the folder holds no services file any more; what it held is kept");
+            let error = FileError::new(
+                &self.path,
+                "the folder holds no services file any more; what it held is kept",
+            );
             return News { snapshot: None, error: Some(error) };
         }
         self.files.retain(|path, _| paths.contains(path));

@@ -55,7 +55,8 @@ impl Rules {
 /// A host name: labels of letters, digits, `-` and `_`, 253 characters at most.
 pub fn dns_name(what: &str, name: &str) -> Result<(), String> {
     let label = |label: &str| {
-        (1..=63).contains(&label.len()) && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
     };
     if name.len() <= 253 && name.split('.').all(label) {
         return Ok(());

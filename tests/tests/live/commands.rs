@@ -20,7 +20,11 @@ fn run(mesh: &Mesh, args: &[&str]) -> String {
 #[test]
 fn the_objects_have_the_fields_that_do_not_change() {
     let server = Server::start("echo");
-    let aliased = service("echo", 80, VIP, &[("127.0.0.1", server.port())]).replacen("port", "aliases = [\"e\"]\nport", 1);
+    let aliased = service("echo", 80, VIP, &[("127.0.0.1", server.port())]).replacen(
+        "port",
+        "aliases = [\"e\"]\nport",
+        1,
+    );
     let mesh = Mesh::start(&aliased);
 
     let services = mesh.json(&["service", "list"]);
@@ -33,24 +37,49 @@ fn the_objects_have_the_fields_that_do_not_change() {
     assert_eq!(mesh.json(&["service", "get", "echo.service.local:80"]), expected[0]);
 
     let backend = &mesh.json(&["backend", "list"])[0];
-    assert_eq!(keys(backend), ["address", "connections", "id", "instance", "namespace", "port", "service", "state", "weight", "zone"]);
-    assert_eq!((&backend["instance"], &backend["state"], &backend["port"]), (&json!("echo-0"), &json!("active"), &json!(server.port())));
+    assert_eq!(
+        keys(backend),
+        [
+            "address",
+            "connections",
+            "id",
+            "instance",
+            "namespace",
+            "port",
+            "service",
+            "state",
+            "weight",
+            "zone"
+        ]
+    );
+    assert_eq!(
+        (&backend["instance"], &backend["state"], &backend["port"]),
+        (&json!("echo-0"), &json!("active"), &json!(server.port()))
+    );
     assert_eq!(backend["id"], mesh.lb()[0]["backends"][0]["id"]);
 
     let status = mesh.json(&["status"]);
-    assert_eq!((&status["ready"], &status["services"], &status["backends"]), (&json!(true), &json!(1), &json!(1)));
+    assert_eq!(
+        (&status["ready"], &status["services"], &status["backends"]),
+        (&json!(true), &json!(1), &json!(1))
+    );
     assert_eq!(status["programs"].as_array().unwrap().len(), 4);
     assert!(status["programs"].as_array().unwrap().iter().all(|program| program["attached"] == true));
     let registry = &status["registries"][0];
     assert_eq!((&registry["type"], &registry["state"]), (&json!("file"), &json!("synced")));
     assert!(registry["last_sync"].as_str().unwrap().ends_with('Z'));
-    assert!(status["maps"].as_array().unwrap().contains(&json!({"name": "FRONTENDS", "used": 1, "max": 16384})));
+    assert!(
+        status["maps"].as_array().unwrap().contains(&json!({"name": "FRONTENDS", "used": 1, "max": 16384}))
+    );
 }
 
 #[test]
 fn explain_says_what_a_connect_would_do() {
     let server = Server::start("echo");
-    let mesh = Mesh::start(&(service("echo", 80, VIP, &[("127.0.0.1", server.port())]) + &service("empty", 81, "127.128.5.2", &[])));
+    let mesh = Mesh::start(
+        &(service("echo", 80, VIP, &[("127.0.0.1", server.port())])
+            + &service("empty", 81, "127.128.5.2", &[])),
+    );
     let verdict = |target: &str| mesh.json(&["explain", target])[0]["verdict"].as_str().unwrap().to_owned();
     assert_eq!(verdict(&format!("{VIP}:80")), "translated");
     assert_eq!(verdict("echo:80"), "translated");
@@ -60,13 +89,20 @@ fn explain_says_what_a_connect_would_do() {
     assert_eq!(verdict("127.128.77.77:80"), "refused");
     assert_eq!(verdict("10.0.0.1:80"), "untouched");
     let share = &mesh.json(&["explain", "echo:80"])[0]["backends"][0];
-    assert_eq!((&share["address"], &share["port"], &share["share"]), (&json!("127.0.0.1"), &json!(server.port()), &json!(1.0)));
+    assert_eq!(
+        (&share["address"], &share["port"], &share["share"]),
+        (&json!("127.0.0.1"), &json!(server.port()), &json!(1.0))
+    );
 
     let unknown = mesh.mesh(&["explain", "nobody:80"]).output().unwrap();
     assert_eq!(unknown.status.code(), Some(1));
     assert!(text(&unknown).contains("no service is named \"nobody\""));
-    assert!(run(&mesh, &["explain", "echo:80"]).contains("not from here"), "the test itself is outside the cgroup");
-    let inside = mesh.inside(binary()).args(["explain", "echo:80", "--socket"]).arg(&mesh.socket).output().unwrap();
+    assert!(
+        run(&mesh, &["explain", "echo:80"]).contains("not from here"),
+        "the test itself is outside the cgroup"
+    );
+    let inside =
+        mesh.inside(binary()).args(["explain", "echo:80", "--socket"]).arg(&mesh.socket).output().unwrap();
     assert!(!text(&inside).contains("not from here"), "{}", text(&inside));
 }
 
@@ -114,7 +150,8 @@ fn check_passes_before_and_after_the_start() {
     let mut mesh = Mesh::prepare(&service("echo", 80, VIP, &[("127.0.0.1", 80)]));
     let config = mesh.config.to_str().unwrap().to_owned();
     let check = |mesh: &Mesh, pre: &[&str]| {
-        let output = mesh.mesh(&[&["check", "-o", "json", "--config", &config], pre].concat()).output().unwrap();
+        let output =
+            mesh.mesh(&[&["check", "-o", "json", "--config", &config], pre].concat()).output().unwrap();
         let findings: Value = serde_json::from_slice(&output.stdout).unwrap();
         (output.status.success(), findings)
     };
@@ -122,7 +159,9 @@ fn check_passes_before_and_after_the_start() {
     assert!(passed, "{findings:#}");
     let failed = |findings: &Value| -> Vec<String> {
         let all = findings.as_array().unwrap().iter();
-        all.filter(|finding| finding["result"] == "fail").map(|finding| finding["check"].to_string()).collect()
+        all.filter(|finding| finding["result"] == "fail")
+            .map(|finding| finding["check"].to_string())
+            .collect()
     };
     let (passed, findings) = check(&mesh, &[]);
     assert!(!passed);
@@ -132,7 +171,9 @@ fn check_passes_before_and_after_the_start() {
     let (passed, findings) = check(&mesh, &[]);
     assert!(passed, "{findings:#}");
     mesh.write("[");
-    mesh_tests::wait_until("the check names the registry", || failed(&check(&mesh, &[]).1).contains(&"\"registry\"".to_owned()));
+    mesh_tests::wait_until("the check names the registry", || {
+        failed(&check(&mesh, &[]).1).contains(&"\"registry\"".to_owned())
+    });
 }
 
 #[test]
@@ -181,5 +222,8 @@ fn metrics_and_health_are_served() {
         assert!(metrics.contains(line), "no {line} in\n{metrics}");
     }
     let source = mesh.services.display();
-    assert!(metrics.contains(&format!("mesh_registry_up{{type=\"file\",source=\"{source}\"}} 1")), "{metrics}");
+    assert!(
+        metrics.contains(&format!("mesh_registry_up{{type=\"file\",source=\"{source}\"}} 1")),
+        "{metrics}"
+    );
 }

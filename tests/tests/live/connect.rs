@@ -75,7 +75,8 @@ fn refusals_are_connection_refused_and_come_at_once() {
     // Somebody listens on all addresses: an unknown port of a VIP must not reach it.
     let everywhere = Server::start_at("everywhere", "0.0.0.0:0");
     let server = Server::start("echo");
-    let services = service("empty", 81, "127.128.1.2", &[]) + &service("echo", 80, VIP, &[("127.0.0.1", server.port())]);
+    let services =
+        service("empty", 81, "127.128.1.2", &[]) + &service("echo", 80, VIP, &[("127.0.0.1", server.port())]);
     let mesh = Mesh::start(&services);
     let port = everywhere.port();
     let errors = mesh.python(&format!(
@@ -233,10 +234,12 @@ fn unhealthy_and_draining_backends_get_nothing_while_there_are_others() {
 fn a_weight_of_zero_gets_nothing_and_double_weight_twice_as_much() {
     let servers = ["one", "two", "zero"].map(Server::start);
     let [one, two, zero] = &servers;
-    let instances = [("127.0.0.1", one.port(), 100), ("127.0.0.1", two.port(), 200), ("127.0.0.1", zero.port(), 0)];
+    let instances =
+        [("127.0.0.1", one.port(), 100), ("127.0.0.1", two.port(), 200), ("127.0.0.1", zero.port(), 0)];
     let mesh = Mesh::start(&weighted_service("echo", 80, VIP, &instances));
     let shares = mesh.lb()[0]["backends"].clone();
-    let shares: Vec<f64> = shares.as_array().unwrap().iter().map(|share| share["share"].as_f64().unwrap()).collect();
+    let shares: Vec<f64> =
+        shares.as_array().unwrap().iter().map(|share| share["share"].as_f64().unwrap()).collect();
     assert_eq!(shares.len(), 2);
     for expected in [1.0 / 3.0, 2.0 / 3.0] {
         assert!(shares.iter().any(|share| (share - expected).abs() < 1e-4), "{shares:?}");

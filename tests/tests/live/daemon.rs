@@ -23,7 +23,11 @@ except OSError as e:
 /// What identifies everything mesh has in the kernel.
 fn kernel_objects(mesh: &Mesh) -> (Value, Value, Vec<Value>) {
     let json = |what: &str| -> Value {
-        let output = Command::new(binary()).args(["bpf", what, "-o", "json", "--config"]).arg(&mesh.config).output().unwrap();
+        let output = Command::new(binary())
+            .args(["bpf", what, "-o", "json", "--config"])
+            .arg(&mesh.config)
+            .output()
+            .unwrap();
         assert!(output.status.success(), "{}", text(&output));
         serde_json::from_slice(&output.stdout).unwrap()
     };
@@ -34,7 +38,8 @@ fn kernel_objects(mesh: &Mesh) -> (Value, Value, Vec<Value>) {
 #[test]
 fn the_datapath_works_without_the_daemon_and_a_restart_changes_nothing() {
     let (a, b) = (Server::start("echo"), Server::start("echo"));
-    let mut mesh = Mesh::start(&service("echo", 80, VIP, &[("127.0.0.1", a.port()), ("127.0.0.1", b.port())]));
+    let mut mesh =
+        Mesh::start(&service("echo", 80, VIP, &[("127.0.0.1", a.port()), ("127.0.0.1", b.port())]));
     let before = kernel_objects(&mesh);
     mesh.kill();
     assert_eq!(dial(&mesh), "echo", "after kill -9");
@@ -58,7 +63,10 @@ fn a_restart_follows_what_changed_meanwhile() {
     mesh.launch();
     mesh.ready();
     assert_eq!(dial(&mesh), "new");
-    assert_eq!(mesh.json(&["status"])["maps"][2], serde_json::json!({"name": "BACKENDS", "used": 1, "max": 65536}));
+    assert_eq!(
+        mesh.json(&["status"])["maps"][2],
+        serde_json::json!({"name": "BACKENDS", "used": 1, "max": 65536})
+    );
 }
 
 #[test]
@@ -81,7 +89,11 @@ fn cleanup_removes_everything_of_ours_and_nothing_else() {
     let server = Server::start("echo");
     let mut mesh = Mesh::start(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
     let refused = mesh.cleanup();
-    assert!(!refused.status.success() && text(&refused).contains("in use by another mesh daemon"), "{}", text(&refused));
+    assert!(
+        !refused.status.success() && text(&refused).contains("in use by another mesh daemon"),
+        "{}",
+        text(&refused)
+    );
     assert_eq!(dial(&mesh), "echo");
 
     mesh.stop();
@@ -90,7 +102,7 @@ fn cleanup_removes_everything_of_ours_and_nothing_else() {
     assert!(mesh.cleanup().status.success());
     assert_eq!(dial(&mesh), "ECONNREFUSED", "the programs are gone");
     let left: Vec<_> = fs::read_dir(&mesh.pin_dir).unwrap().map(|entry| entry.unwrap().path()).collect();
-    assert_eq!(left, [foreign.clone()]);
+    assert_eq!(left, std::slice::from_ref(&foreign));
     fs::remove_dir(foreign).unwrap();
     assert!(mesh.cleanup().status.success());
     assert!(!mesh.pin_dir.exists());
@@ -128,11 +140,15 @@ fn a_daemon_for_another_cgroup_takes_its_programs_along() {
     let inner = mesh.cgroup.join("inner");
     fs::create_dir(&inner).unwrap();
     let config = fs::read_to_string(&mesh.config).unwrap();
-    fs::write(&mesh.config, config.replacen(mesh.cgroup.to_str().unwrap(), inner.to_str().unwrap(), 1)).unwrap();
+    fs::write(&mesh.config, config.replacen(mesh.cgroup.to_str().unwrap(), inner.to_str().unwrap(), 1))
+        .unwrap();
     mesh.launch();
     mesh.ready();
     assert_eq!(dial(&mesh), "ECONNREFUSED", "no longer managed");
-    let script = format!("echo $$ > {}/cgroup.procs && exec python3 -c 'import socket; print(socket.create_connection((\"{VIP}\", 80), 5).recv(9).decode())'", inner.display());
+    let script = format!(
+        "echo $$ > {}/cgroup.procs && exec python3 -c 'import socket; print(socket.create_connection((\"{VIP}\", 80), 5).recv(9).decode())'",
+        inner.display()
+    );
     let output = Command::new("sh").args(["-c", &script]).output().unwrap();
     assert_eq!(text(&output).trim(), "echo");
     mesh.stop();
@@ -158,14 +174,18 @@ fn vips_are_kept_over_restarts() {
     let mut mesh = Mesh::start(&(service("a", 80, "", &[]) + &service("b", 80, "", &[])));
     let before = mesh.json(&["service", "list"]);
     let vips: Vec<_> = before.as_array().unwrap().iter().map(|service| service["vips"][0].clone()).collect();
-    assert!(vips[0] != vips[1] && vips.iter().all(|vip| vip.as_str().unwrap().starts_with("127.1")), "{vips:?}");
+    assert!(
+        vips[0] != vips[1] && vips.iter().all(|vip| vip.as_str().unwrap().starts_with("127.1")),
+        "{vips:?}"
+    );
     mesh.stop();
     assert!(mesh.cleanup().status.success());
     mesh.write(&(service("b", 80, "", &[]) + &service("c", 80, "", &[]) + &service("a", 80, "", &[])));
     mesh.launch();
     mesh.ready();
     let after = mesh.json(&["service", "list"]);
-    let vip = |name: &str| after.as_array().unwrap().iter().find(|s| s["name"] == name).unwrap()["vips"][0].clone();
+    let vip =
+        |name: &str| after.as_array().unwrap().iter().find(|s| s["name"] == name).unwrap()["vips"][0].clone();
     assert_eq!([vip("a"), vip("b")], vips[..]);
 }
 
@@ -174,14 +194,18 @@ fn a_hang_up_or_a_changed_file_reloads_the_configuration() {
     let server = Server::start("echo");
     let mesh = Mesh::start(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
     let metric = |value: &str| {
-        let metrics = Command::new("curl").args(["-s", &format!("http://{}/metrics", mesh.web)]).output().unwrap();
+        let metrics =
+            Command::new("curl").args(["-s", &format!("http://{}/metrics", mesh.web)]).output().unwrap();
         text(&metrics).contains(&format!("mesh_config_last_reload_successful {value}"))
     };
     // A second registry appears.
     let more = mesh.dir.path().join("more.yaml");
-    fs::write(&more, "service: [{name: more, namespace: service.local, port: 90, vip: 127.128.3.9}]").unwrap();
+    fs::write(&more, "service: [{name: more, namespace: service.local, port: 90, vip: 127.128.3.9}]")
+        .unwrap();
     mesh.configure(&format!("[[registry]]\ntype = \"file\"\npath = {more:?}\n"));
-    wait_until("the new registry's service", || mesh.json(&["service", "list"]).as_array().unwrap().len() == 2);
+    wait_until("the new registry's service", || {
+        mesh.json(&["service", "list"]).as_array().unwrap().len() == 2
+    });
     assert!(metric("1"));
 
     // A mistake is refused, and everything stays.
@@ -193,7 +217,9 @@ fn a_hang_up_or_a_changed_file_reloads_the_configuration() {
 
     mesh.configure("");
     mesh.hang_up();
-    wait_until("the registry that was taken out is gone", || mesh.json(&["service", "list"]).as_array().unwrap().len() == 1);
+    wait_until("the registry that was taken out is gone", || {
+        mesh.json(&["service", "list"]).as_array().unwrap().len() == 1
+    });
     assert!(metric("1"));
     assert_eq!(dial(&mesh), "echo");
 }
@@ -204,11 +230,17 @@ fn a_service_that_does_not_fit_is_named_and_the_others_work() {
     let mut mesh = Mesh::prepare("");
     mesh.configure("[datapath]\nmax_services = 10\nmax_backends = 4\n");
     let many: Vec<_> = (1..=5).map(|port| ("10.0.0.1", port)).collect();
-    mesh.write(&(service("big", 80, "127.128.3.7", &many) + &service("echo", 80, VIP, &[("127.0.0.1", server.port())])));
+    mesh.write(
+        &(service("big", 80, "127.128.3.7", &many)
+            + &service("echo", 80, VIP, &[("127.0.0.1", server.port())])),
+    );
     mesh.launch();
     mesh.ready();
     assert_eq!(dial(&mesh), "echo");
     let problems = mesh.json(&["status"])["problems"].to_string();
-    assert!(problems.contains("127.128.3.7") && problems.contains("BACKENDS") && problems.contains("of 4"), "{problems}");
+    assert!(
+        problems.contains("127.128.3.7") && problems.contains("BACKENDS") && problems.contains("of 4"),
+        "{problems}"
+    );
     assert_eq!(mesh.kernel_backends("127.128.3.7:80"), Vec::<String>::new());
 }

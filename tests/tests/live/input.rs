@@ -14,7 +14,9 @@ fn error(mesh: &Mesh) -> String {
 }
 
 fn assert_serves(mesh: &Mesh, name: &str) {
-    let answer = mesh.python(&format!("import socket; print(socket.create_connection(('{VIP}', 80), 5).recv(9).decode())"));
+    let answer = mesh.python(&format!(
+        "import socket; print(socket.create_connection(('{VIP}', 80), 5).recv(9).decode())"
+    ));
     assert_eq!(answer, name);
 }
 
@@ -27,15 +29,27 @@ fn bad_services_files_are_named_and_the_last_good_state_stays() {
     let instance = |address: &str| service("echo", 80, VIP, &[(address, 80)]);
     let cases = [
         ("[[service]]\nname = ".to_owned(), "services.toml:2: ".to_owned()),
-        (good.replace("port = 80\n", "port = 80\ncolour = 1\n"), "services.toml:5: unknown field `colour`".into()),
+        (
+            good.replace("port = 80\n", "port = 80\ncolour = 1\n"),
+            "services.toml:5: unknown field `colour`".into(),
+        ),
         (format!("{good}{good}"), format!("services.toml:12: {name}: the service is defined twice")),
-        (service("echo", 80, "10.0.0.1", &[]), format!("services.toml:1: {name}: vip 10.0.0.1 is outside the configured ranges")),
+        (
+            service("echo", 80, "10.0.0.1", &[]),
+            format!("services.toml:1: {name}: vip 10.0.0.1 is outside the configured ranges"),
+        ),
         (format!("{good}{}", service("two", 80, VIP, &[])), format!("already taken by {name}")),
         (good.replace("port = 80\n", "port = 0\n"), "services.toml:4: ".into()),
         (good.replace("port = 80\n", "port = 65536\n"), "services.toml:4: ".into()),
         (good.replace("weight = 100", "weight = 0"), format!("{name}: every instance has weight 0")),
-        (instance("169.254.169.254"), format!("{name}: instance \"echo-0\": address 169.254.169.254 is link-local")),
-        (instance("127.128.0.1"), format!("{name}: instance \"echo-0\": address 127.128.0.1 lies in a VIP range")),
+        (
+            instance("169.254.169.254"),
+            format!("{name}: instance \"echo-0\": address 169.254.169.254 is link-local"),
+        ),
+        (
+            instance("127.128.0.1"),
+            format!("{name}: instance \"echo-0\": address 127.128.0.1 lies in a VIP range"),
+        ),
         ("#".repeat(50_000_000), "the file has 50000000 bytes; the limit is 33554432".into()),
         (String::new(), "the file is empty; what it held is kept".into()),
     ];
@@ -56,13 +70,19 @@ fn bad_yaml_and_json_are_named_too() {
     for (extension, good, bad, expected) in [
         (
             "yaml",
-            format!("service:\n- {{name: echo, namespace: service.local, port: 80, vip: {VIP}, instance: [{{id: a, address: 127.0.0.1, port: {}}}]}}\n", server.port()),
+            format!(
+                "service:\n- {{name: echo, namespace: service.local, port: 80, vip: {VIP}, instance: [{{id: a, address: 127.0.0.1, port: {}}}]}}\n",
+                server.port()
+            ),
             "service:\n- name: [\n",
             ".yaml:",
         ),
         (
             "json",
-            format!(r#"{{"service": [{{"name": "echo", "namespace": "service.local", "port": 80, "vip": "{VIP}", "instance": [{{"id": "a", "address": "127.0.0.1", "port": {}}}]}}]}}"#, server.port()),
+            format!(
+                r#"{{"service": [{{"name": "echo", "namespace": "service.local", "port": 80, "vip": "{VIP}", "instance": [{{"id": "a", "address": "127.0.0.1", "port": {}}}]}}]}}"#,
+                server.port()
+            ),
             "{\"service\": [\n{]}",
             ".json:2: ",
         ),
@@ -84,10 +104,13 @@ fn bad_yaml_and_json_are_named_too() {
 #[test]
 fn loopback_backends_need_permission() {
     let mut mesh = Mesh::prepare(&service("echo", 80, VIP, &[("127.0.0.1", 80)]));
-    let config = fs::read_to_string(&mesh.config).unwrap().replace("allow_loopback = true", "allow_loopback = false");
+    let config =
+        fs::read_to_string(&mesh.config).unwrap().replace("allow_loopback = true", "allow_loopback = false");
     fs::write(&mesh.config, config).unwrap();
     mesh.launch();
-    wait_until("the refusal", || mesh.log().contains("instance \"echo-0\": address 127.0.0.1 is a loopback address"));
+    wait_until("the refusal", || {
+        mesh.log().contains("instance \"echo-0\": address 127.0.0.1 is a loopback address")
+    });
     assert!(!mesh.mesh(&["status", "--wait=300ms"]).output().unwrap().status.success(), "never ready");
 }
 
@@ -118,7 +141,9 @@ fn a_directory_that_vanishes_takes_nothing_along_and_is_noticed_when_it_is_back(
     // And it is watched again, not merely polled: many changes, each soon.
     for server in [&one, &two, &one] {
         mesh.write(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
-        wait_until("a change", || mesh.kernel_backends(&format!("{VIP}:80")) == [format!("127.0.0.1:{}", server.port())]);
+        wait_until("a change", || {
+            mesh.kernel_backends(&format!("{VIP}:80")) == [format!("127.0.0.1:{}", server.port())]
+        });
     }
 }
 

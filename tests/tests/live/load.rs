@@ -129,7 +129,9 @@ fn killing_the_daemon_in_the_middle_of_changes_fails_no_connect() {
     while kills < 20 {
         let cgroup_client = {
             let mut client = mesh.inside(env!("CARGO_BIN_EXE_client"));
-            client.args([format!("{VIP}:80"), THREADS.to_string(), CONNECTS.to_string()]).stdout(Stdio::piped());
+            client
+                .args([format!("{VIP}:80"), THREADS.to_string(), CONNECTS.to_string()])
+                .stdout(Stdio::piped());
             client.spawn().unwrap()
         };
         let reader = std::thread::spawn(move || cgroup_client.wait_with_output().unwrap());
@@ -143,7 +145,10 @@ fn killing_the_daemon_in_the_middle_of_changes_fails_no_connect() {
             mesh.ready();
         }
         let output = String::from_utf8(reader.join().unwrap().stdout).unwrap();
-        let failed: Vec<_> = output.lines().filter(|line| !["one", "two", "three"].contains(&line.split(' ').nth(1).unwrap())).collect();
+        let failed: Vec<_> = output
+            .lines()
+            .filter(|line| !["one", "two", "three"].contains(&line.split(' ').nth(1).unwrap()))
+            .collect();
         assert_eq!(failed, Vec::<&str>::new(), "after {kills} kills");
         connects += output.lines().count();
     }
@@ -155,7 +160,11 @@ fn killing_the_daemon_in_the_middle_of_changes_fails_no_connect() {
     let maps = mesh.json(&["status"])["maps"].clone();
     let used: Vec<_> = maps.as_array().unwrap().iter().map(|map| map["used"].as_u64().unwrap()).collect();
     assert_eq!(used, [1, 1, 2, 2], "{maps}");
-    let raw = std::process::Command::new(mesh_tests::binary()).args(["bpf", "maps", "-o", "json", "--config"]).arg(&mesh.config).output().unwrap();
+    let raw = std::process::Command::new(mesh_tests::binary())
+        .args(["bpf", "maps", "-o", "json", "--config"])
+        .arg(&mesh.config)
+        .output()
+        .unwrap();
     let raw: serde_json::Value = serde_json::from_slice(&raw.stdout).unwrap();
     let backends = raw.as_array().unwrap().iter().find(|map| map["name"] == "BACKENDS").unwrap();
     assert_eq!(backends["used"], 2, "what the kernel holds");

@@ -15,7 +15,9 @@ impl Nginx {
         fs::create_dir(&dir).unwrap();
         let servers: String = ports
             .iter()
-            .map(|port| format!("server {{ listen 10.213.0.2:{port}; location / {{ return 200 \"{port}\\n\"; }} }}\n"))
+            .map(|port| {
+                format!("server {{ listen 10.213.0.2:{port}; location / {{ return 200 \"{port}\\n\"; }} }}\n")
+            })
             .collect();
         let dir = dir.display();
         let config = format!(
@@ -28,7 +30,11 @@ impl Nginx {
         let nginx = hosts.server.command("nginx").arg("-c").arg(&path).stdin(Stdio::null()).spawn().unwrap();
         let nginx = Self(nginx);
         wait_until("nginx answers", || {
-            let answer = hosts.client.command("curl").args(["-sf", &format!("http://10.213.0.2:{}", ports[0])]).output();
+            let answer = hosts
+                .client
+                .command("curl")
+                .args(["-sf", &format!("http://10.213.0.2:{}", ports[0])])
+                .output();
             answer.is_ok_and(|answer| answer.status.success())
         });
         nginx
@@ -38,14 +44,23 @@ impl Nginx {
 impl Drop for Nginx {
     fn drop(&mut self) {
         // Its workers end with it on SIGTERM.
-        let _ = rustix::process::kill_process(rustix::process::Pid::from_child(&self.0), rustix::process::Signal::TERM);
+        let _ = rustix::process::kill_process(
+            rustix::process::Pid::from_child(&self.0),
+            rustix::process::Signal::TERM,
+        );
         let _ = self.0.wait();
     }
 }
 
 fn curl(mesh: &Mesh, hosts: &Pair, args: &[&str]) -> String {
     let mut command: Command = mesh.inside(&hosts.client.enter()[0]);
-    let output = command.arg(&hosts.client.enter()[1]).arg("curl").args(["-sS", "--max-time", "10"]).args(args).output().unwrap();
+    let output = command
+        .arg(&hosts.client.enter()[1])
+        .arg("curl")
+        .args(["-sS", "--max-time", "10"])
+        .args(args)
+        .output()
+        .unwrap();
     assert!(output.status.success(), "{}", text(&output));
     String::from_utf8(output.stdout).unwrap()
 }
@@ -56,13 +71,17 @@ fn curl_reaches_nginx_on_another_host_through_the_vip() {
     let mesh = Mesh::start(&service("web", 80, VIP, &[("10.213.0.2", 8080), ("10.213.0.2", 8081)]));
     let _nginx = Nginx::start(&hosts, &mesh, &[8080, 8081]);
     let url = format!("http://{VIP}/");
-    let answers: Vec<_> = (0..40).map(|_| curl(&mesh, &hosts, &["-w", "%{remote_ip}:%{remote_port}", &url])).collect();
+    let answers: Vec<_> =
+        (0..40).map(|_| curl(&mesh, &hosts, &["-w", "%{remote_ip}:%{remote_port}", &url])).collect();
     for answer in &answers {
         let (port, peer) = answer.split_once('\n').unwrap();
         assert!(["8080", "8081"].contains(&port), "{answer}");
         assert_eq!(peer, format!("{VIP}:80"), "what curl shows as the peer");
     }
-    assert!(answers.iter().any(|answer| answer.starts_with("8080")) && answers.iter().any(|answer| answer.starts_with("8081")));
+    assert!(
+        answers.iter().any(|answer| answer.starts_with("8080"))
+            && answers.iter().any(|answer| answer.starts_with("8081"))
+    );
 }
 
 #[test]
@@ -92,7 +111,9 @@ print(all(get() == first for _ in range(100)), flush=True)
 
     let other = if first == 8080 { 8081 } else { 8080 };
     mesh.write(&service("web", 80, VIP, &[("10.213.0.2", other)]));
-    wait_until("only the other backend is left", || mesh.kernel_backends(&format!("{VIP}:80")) == [format!("10.213.0.2:{other}")]);
+    wait_until("only the other backend is left", || {
+        mesh.kernel_backends(&format!("{VIP}:80")) == [format!("10.213.0.2:{other}")]
+    });
     std::thread::sleep(Duration::from_millis(50));
     std::io::Write::write_all(client.stdin.as_mut().unwrap(), b"\n").unwrap();
     assert_eq!(lines.next().unwrap().unwrap(), "True");

@@ -110,7 +110,11 @@ fn hundred() -> u16 {
 
 #[derive(Deserialize)]
 #[serde(transparent)]
-struct Span(#[serde(with = "humantime_serde")] #[expect(dead_code, reason = "only its form is checked so far")] Duration);
+struct Span(
+    #[serde(with = "humantime_serde")]
+    #[expect(dead_code, reason = "only its form is checked so far")]
+    Duration,
+);
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -230,7 +234,11 @@ pub(super) fn parse(path: &Path, text: &str, rules: &Rules) -> Result<Option<Vec
     }
     if !checked.later.is_empty() {
         let keys: Vec<_> = checked.later.into_iter().collect();
-        tracing::warn!("{}: this version does not act on these keys yet: {}", path.display(), keys.join(", "));
+        tracing::warn!(
+            "{}: this version does not act on these keys yet: {}",
+            path.display(),
+            keys.join(", ")
+        );
     }
     Ok(Some(checked.services))
 }
@@ -258,7 +266,19 @@ where
         let RawService { name, namespace, protocol, port, vip, aliases, policy, .. } = value;
         let RawService { affinity, drain, retry, eject, check, .. } = value;
         let value = RawService {
-            name, namespace, protocol, port, vip, aliases, policy, affinity, drain, retry, eject, check, instance,
+            name,
+            namespace,
+            protocol,
+            port,
+            vip,
+            aliases,
+            policy,
+            affinity,
+            drain,
+            retry,
+            eject,
+            check,
+            instance,
         };
         Located { line, value }
     };
@@ -279,7 +299,8 @@ type Problem = (u64, String);
 impl Checked {
     fn add(&mut self, record: Record, rules: &Rules) -> Result<(), Problem> {
         let Located { line, value: raw } = record;
-        let id = ServiceId { namespace: raw.namespace, name: raw.name, protocol: raw.protocol, port: raw.port };
+        let id =
+            ServiceId { namespace: raw.namespace, name: raw.name, protocol: raw.protocol, port: raw.port };
         let label = id.to_string();
         let problem = |message: String| (line, format!("service {label}: {message}"));
 
@@ -316,11 +337,16 @@ impl Checked {
     }
 }
 
-fn instances(raw: Vec<Located<RawInstance>>, service: &ServiceId, rules: &Rules) -> Result<Vec<Instance>, Problem> {
+fn instances(
+    raw: Vec<Located<RawInstance>>,
+    service: &ServiceId,
+    rules: &Rules,
+) -> Result<Vec<Instance>, Problem> {
     let (mut ids, mut endpoints) = (HashSet::new(), HashSet::new());
     let mut instances = Vec::with_capacity(raw.len());
     for Located { line, value: raw } in raw {
-        let problem = |message: String| (line, format!("service {service}: instance {:?}: {message}", raw.id));
+        let problem =
+            |message: String| (line, format!("service {service}: instance {:?}: {message}", raw.id));
         rules::instance_id(&raw.id).map_err(problem)?;
         rules.backend(raw.address).map_err(problem)?;
         let address = raw.address.to_canonical();

@@ -81,23 +81,55 @@ fn bad_input_is_named_with_file_and_line() {
         ("s.toml", "[[service]]\nname = ".to_owned(), "s.toml:2: "),
         ("s.yaml", "service:\n- name: [".to_owned(), "s.yaml:2: "),
         ("s.json", "{\"service\": [\n{]}".to_owned(), "s.json:2: "),
-        ("s.toml", GOOD.replace("port = 80\n", "port = 80\ncolour = 1\n"), "s.toml:6: unknown field `colour`"),
+        (
+            "s.toml",
+            GOOD.replace("port = 80\n", "port = 80\ncolour = 1\n"),
+            "s.toml:6: unknown field `colour`",
+        ),
         ("s.yaml", "service:\n- name: a\n  colour: 1\n".to_owned(), "s.yaml:3: unknown field `colour`"),
         ("s.json", "{\"service\": [{\n\"colour\": 1}]}".to_owned(), "s.json:2: unknown field `colour`"),
         ("s.toml", GOOD.replace("port = 80\n", "port = 0\n"), "s.toml:5: "),
         ("s.toml", GOOD.replace("port = 80\n", "port = 65536\n"), "s.toml:5: "),
         ("s.toml", instance("address = \"10.0.0\""), "s.toml:8: "),
-        ("s.toml", format!("{GOOD}{GOOD}"), "s.toml:11: service a.service.local:80/tcp: the service is defined twice"),
-        ("s.toml", GOOD.replace("port = 80\n", "port = 80\nvip = \"10.1.1.1\"\n"), "s.toml:2: service a.service.local:80/tcp: vip 10.1.1.1 is outside"),
         (
             "s.toml",
-            format!("{}{}", GOOD.replace("port = 80\n", "port = 80\nvip = \"127.128.0.1\"\n"), GOOD.replace("\"a\"", "\"b\"").replace("port = 80\n", "port = 80\nvip = \"127.128.0.1\"\n")),
+            format!("{GOOD}{GOOD}"),
+            "s.toml:11: service a.service.local:80/tcp: the service is defined twice",
+        ),
+        (
+            "s.toml",
+            GOOD.replace("port = 80\n", "port = 80\nvip = \"10.1.1.1\"\n"),
+            "s.toml:2: service a.service.local:80/tcp: vip 10.1.1.1 is outside",
+        ),
+        (
+            "s.toml",
+            format!(
+                "{}{}",
+                GOOD.replace("port = 80\n", "port = 80\nvip = \"127.128.0.1\"\n"),
+                GOOD.replace("\"a\"", "\"b\"").replace("port = 80\n", "port = 80\nvip = \"127.128.0.1\"\n")
+            ),
             "s.toml:12: service b.service.local:80/tcp: vip 127.128.0.1 port 80/tcp is already taken by service a.service.local:80/tcp",
         ),
-        ("s.toml", format!("{GOOD}weight = 0\n"), "s.toml:2: service a.service.local:80/tcp: every instance has weight 0"),
-        ("s.toml", instance("address = \"127.0.0.1\""), "s.toml:6: service a.service.local:80/tcp: instance \"a-1\": address 127.0.0.1 is a loopback address"),
-        ("s.toml", instance("address = \"127.128.0.9\""), "s.toml:6: service a.service.local:80/tcp: instance \"a-1\": address 127.128.0.9 lies in a VIP range"),
-        ("s.toml", GOOD.replace("\"a\"", "\"a b\""), "s.toml:2: service a b.service.local:80/tcp: name \"a b\" is not a DNS name"),
+        (
+            "s.toml",
+            format!("{GOOD}weight = 0\n"),
+            "s.toml:2: service a.service.local:80/tcp: every instance has weight 0",
+        ),
+        (
+            "s.toml",
+            instance("address = \"127.0.0.1\""),
+            "s.toml:6: service a.service.local:80/tcp: instance \"a-1\": address 127.0.0.1 is a loopback address",
+        ),
+        (
+            "s.toml",
+            instance("address = \"127.128.0.9\""),
+            "s.toml:6: service a.service.local:80/tcp: instance \"a-1\": address 127.128.0.9 lies in a VIP range",
+        ),
+        (
+            "s.toml",
+            GOOD.replace("\"a\"", "\"a b\""),
+            "s.toml:2: service a b.service.local:80/tcp: name \"a b\" is not a DNS name",
+        ),
         ("s.conf", GOOD.to_owned(), "s.conf: the file's name must end in"),
     ];
     for (file, text, expected) in cases {

@@ -1,0 +1,115 @@
+//! A daemon with everything private to it, below target/.
+
+use std::{
+    fs,
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use anyhow::{Context, bail};
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::tools;
+
+/// Dropping it ends the daemon and removes what it left in the kernel.
+pub(crate) struct Node {
+    dir: PathBuf,
+    pub(crate) cgroup: PathBuf,
+    pin_dir: PathBuf,
+    pub(crate) services: PathBuf,
+    pub(crate) socket: PathBuf,
+    pub(crate) config: PathBuf,
+    pub(crate) web: String,
+    daemon: Option<Child>,
+}
+
+impl Node {
+    /// Its files and its cgroup; `start` starts the daemon.
+    pub(crate) fn new(name: &str) -> anyhow::Result<Self> {
+        let dir = tools::root().join("target").join(name);
+        fs::create_dir_all(&dir)?;
+        let socket = dir.join("api.sock");
+        if std::os::unix::net::UnixStream::connect(&socket).is_ok() {
+            bail!("{name} is already running");
+        }
+        let node = Self {
+            services: dir.join("services.toml"),
+            config: dir.join("mesh.toml"),
+            cgroup: cgroup2()?.join(name),
+            pin_dir: Path::new("/sys/fs/bpf").join(name),
+            web: web_address()?,
+            socket,
+            dir,
+            daemon: None,
+        };
+        fs::create_dir_all(&node.cgroup)?;
+        Ok(node)
+    }
+
+    /// Starts the daemon on the services written so far; its status once it is ready.
+    pub(crate) fn start(&mut self) -> anyhow::Result<String> {
+        self.write_config()?;
+        let mut daemon = Command::new(tools::mesh());
+        self.daemon = Some(daemon.args(["run", "--config"]).arg(&self.config).stdin(Stdio::null()).spawn()?);
+        tools::output(&mut self.mesh(&["status", "--brief", "--wait=15s"]))
+    }
+
+    /// Replaces the services file in one step.
+    pub(crate) fn write_services(&self, text: &str) -> anyhow::Result<()> {
+        let new = self.services.with_extension("new");
+        fs::write(&new, text)?;
+        Ok(fs::rename(new, &self.services)?)
+    }
+
+    fn write_config(&self) -> anyhow::Result<()> {
+        let text = format!(
+            "[node]\ncgroup = {:?}\npin_dir = {:?}\nstate_dir = {:?}\n\n[api]\nsocket = {:?}\n\n\
+             [web]\nlisten = {:?}\n\n[backends]\nallow_loopback = true\n\n\
+             [[registry]]\ntype = \"file\"\npath = {:?}\n",
+            self.cgroup,
+            self.pin_dir,
+            self.dir.join("state"),
+            self.socket,
+            self.web,
+            self.services
+        );
+        Ok(fs::write(&self.config, text)?)
+    }
+
+    /// `mesh ARGS` against this daemon.
+    pub(crate) fn mesh(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(tools::mesh());
+        command.args(args).arg("--socket").arg(&self.socket);
+        command
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Some(daemon) = &mut self.daemon {
+            let _ = kill_process(Pid::from_child(daemon), Signal::TERM);
+            let _ = daemon.wait();
+        }
+        if self.config.exists() {
+            let mut cleanup = Command::new(tools::mesh());
+            let _ = cleanup.args(["cleanup", "--config"]).arg(&self.config).stderr(Stdio::null()).status();
+        }
+        let _ = fs::remove_dir(&self.cgroup);
+    }
+}
+
+fn cgroup2() -> anyhow::Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    let mut mounts = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+    let mount = mounts.find(|fields| fields.get(2) == Some(&"cgroup2"));
+    let mount =
+        mount.context("no cgroup2 file system is mounted: mount -t cgroup2 none /sys/fs/cgroup/unified")?;
+    Ok(mount[1].into())
+}
+
+/// The usual address where it is free, else any.
+fn web_address() -> anyhow::Result<String> {
+    let listener = TcpListener::bind("127.0.0.1:9464").or_else(|_| TcpListener::bind("127.0.0.1:0"))?;
+    Ok(listener.local_addr()?.to_string())
+}
