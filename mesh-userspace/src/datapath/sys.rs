@@ -12,6 +12,7 @@ use std::{
     path::Path,
     ptr::{self, NonNull},
     sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
 };
 
 use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info};
@@ -67,12 +68,20 @@ impl Drop for Words {
 
 /// Waits until every program run that began before the call has ended: the kernel implements
 /// this barrier as `synchronize_rcu()`, and BPF programs of cgroup hooks run under RCU.
+///
+/// Kernels with `nohz_full` CPUs refuse the barrier; there a second has to do, in which no
+/// program of this kind is still running.
 pub fn wait_for_readers() -> io::Result<()> {
     // SAFETY: takes no pointers.
     match unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, 0, 0) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
+        0 => return Ok(()),
+        _ => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::EINVAL) => {}
+            error => return Err(error),
+        },
     }
+    std::thread::sleep(Duration::from_secs(1));
+    Ok(())
 }
 
 /// What the kernel says of a link between a program and a cgroup.
