@@ -12,7 +12,7 @@ const BPF_LINKER: &str = "0.10.3";
 /// Programs the tests call, and the Debian packages they come from.
 const PROGRAMS: [(&str, &str); 5] = [
     ("curl", "curl"),
-    ("nginx", "nginx-light"),
+    ("nginx", "nginx"),
     ("ip", "iproute2"),
     ("nsenter", "util-linux"),
     ("python3", "python3"),
