@@ -94,7 +94,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         rows.extend(measure(&node, protocol, port, batches)?);
     }
     rows.extend(hook_times(&node, port)?);
-    report(rows, batches)
+    report(&rows, batches)
 }
 
 /// A UDP socket and a TCP listener on the same port; connections wait in the listener's queue
@@ -181,7 +181,7 @@ impl Drop for Statistics {
     }
 }
 
-fn report(rows: Vec<Value>, batches: usize) -> anyhow::Result<()> {
+fn report(rows: &[Value], batches: usize) -> anyhow::Result<()> {
     let meta = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "commit": commit(),
@@ -195,7 +195,7 @@ fn report(rows: Vec<Value>, batches: usize) -> anyhow::Result<()> {
     });
     let dir = root().join("bench/report");
     fs::create_dir_all(&dir)?;
-    let markdown = markdown(&rows)?;
+    let markdown = markdown(rows)?;
     fs::write(
         dir.join("report.json"),
         serde_json::to_string_pretty(&json!({"meta": meta, "rows": rows}))? + "\n",
