@@ -144,15 +144,28 @@ pub struct Backend {
     /// The service it belongs to.
     pub service: u32,
     pub port: Port,
+    zero: u16,
     pub flags: u16,
+    /// Its share of new connections; zero if it gets none. The only field that changes in place,
+    /// together with `flags` within one aligned word.
+    pub weight: u16,
 }
 
 impl Backend {
     /// Set on every backend that exists; an entry of zeroes is a free id.
     pub const IN_USE: u16 = 1;
+
+    pub const fn new(address: Address, port: Port, service: u32, weight: u16) -> Self {
+        Self { address, service, port, zero: 0, flags: Self::IN_USE, weight }
+    }
+
+    #[inline(always)]
+    pub const fn in_use(&self) -> bool {
+        self.flags & Self::IN_USE != 0
+    }
 }
 
-/// Value of `ORIGIN`, kept with the socket: what it dialled and what it got.
+/// Value of `ORIGIN`, kept with a connected socket: what it dialled and what it got.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Origin {
@@ -164,10 +177,23 @@ pub struct Origin {
     pub backend: u32,
 }
 
+/// How many VIPs an unconnected UDP socket can talk to at a time.
+pub const MAX_PEERS: usize = 8;
+
+/// Value of `PEERS`, kept with an unconnected UDP socket: which backend stands for which VIP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Peers {
+    pub peers: [Origin; MAX_PEERS],
+    /// Where the next new one goes, counted on and on.
+    pub next: u32,
+}
+
 const _: () = {
     assert!(size_of::<Frontend>() == 20 && align_of::<Frontend>() == 4);
-    assert!(size_of::<Backend>() == 24 && align_of::<Backend>() == 4);
+    assert!(size_of::<Backend>() == 28 && align_of::<Backend>() == 4);
     assert!(size_of::<Origin>() == 44 && align_of::<Origin>() == 4);
+    assert!(size_of::<Peers>() == MAX_PEERS * 44 + 4);
     assert!(size_of::<Prefix>() == 32);
     assert!(size_of::<ServiceWord>() == 8 && size_of::<SlotWord>() == 8);
 };
@@ -179,8 +205,9 @@ pub mod map {
     pub const SLOTS: &str = "SLOTS";
     pub const BACKENDS: &str = "BACKENDS";
     pub const ORIGIN: &str = "ORIGIN";
+    pub const PEERS: &str = "PEERS";
     pub const STATS: &str = "STATS";
-    pub const ALL: [&str; 6] = [FRONTENDS, SERVICES, SLOTS, BACKENDS, ORIGIN, STATS];
+    pub const ALL: [&str; 7] = [FRONTENDS, SERVICES, SLOTS, BACKENDS, ORIGIN, PEERS, STATS];
 }
 
 #[cfg(feature = "user")]

@@ -1,4 +1,4 @@
-//! What can become of a `connect()` to a VIP.
+//! What can become of a `connect()`, or of a datagram, to a VIP.
 
 /// One outcome, one counter in `STATS`, one verdict.
 ///
@@ -8,7 +8,7 @@
 pub enum Outcome {
     /// Rewritten to a backend.
     Translated = 0,
-    /// Rewritten, but the kernel had no memory to remember the VIP: `getpeername` shows the backend.
+    /// Rewritten, but the kernel had no memory to remember the VIP: the socket shows the backend.
     OriginLost = 1,
     /// In a VIP range, but no such frontend: an unknown address or port, or a removed service.
     NoFrontend = 2,
@@ -16,6 +16,8 @@ pub enum Outcome {
     NoBackend = 3,
     /// A slot or backend entry is missing, or of the wrong family: a fault in the tables.
     BadTable = 4,
+    /// A datagram, to the backend that its socket already has for this VIP.
+    Continued = 5,
 }
 
 /// What the kernel is told.
@@ -29,13 +31,19 @@ pub enum Verdict {
 
 impl Outcome {
     /// Every outcome, in the order of the counters.
-    pub const ALL: [Self; 5] =
-        [Self::Translated, Self::OriginLost, Self::NoFrontend, Self::NoBackend, Self::BadTable];
+    pub const ALL: [Self; 6] = [
+        Self::Translated,
+        Self::OriginLost,
+        Self::NoFrontend,
+        Self::NoBackend,
+        Self::BadTable,
+        Self::Continued,
+    ];
 
     #[inline(always)]
     pub const fn verdict(self) -> Verdict {
         match self {
-            Self::Translated | Self::OriginLost => Verdict::Allow,
+            Self::Translated | Self::OriginLost | Self::Continued => Verdict::Allow,
             Self::NoFrontend | Self::NoBackend | Self::BadTable => Verdict::Refuse,
         }
     }
@@ -48,6 +56,7 @@ impl Outcome {
             Self::NoFrontend => "no_frontend",
             Self::NoBackend => "no_backend",
             Self::BadTable => "bad_table",
+            Self::Continued => "continued",
         }
     }
 }

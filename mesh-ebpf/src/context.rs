@@ -4,7 +4,7 @@ use core::ptr::{read_volatile, write_volatile};
 
 use aya_ebpf::{bindings::bpf_sock_addr, helpers::generated::bpf_set_retval, programs::SockAddrContext};
 use mesh_common::{
-    abi::{Frontend, Origin, Port},
+    abi::{Frontend, Origin, Peers, Port},
     address::Address,
     outcome::Verdict,
 };
@@ -16,16 +16,10 @@ pub(crate) const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
 const ECONNREFUSED: i32 = 111;
 
-/// The family of the hook, which is the family of the address the program passed.
-#[derive(Clone, Copy)]
-pub(crate) enum Family {
-    V4,
-    V6,
-}
-
-pub(crate) struct Hook {
+/// The context of a hook of one family: that of the address the program passed. The family is
+/// part of the type, so that every access to the context has a constant offset.
+pub(crate) struct Hook<const V4: bool> {
     ctx: SockAddrContext,
-    family: Family,
 }
 
 // The verifier allows only whole-word accesses at constant offsets of the context. Volatile
@@ -44,10 +38,10 @@ macro_rules! write {
     };
 }
 
-impl Hook {
+impl<const V4: bool> Hook<V4> {
     #[inline(always)]
-    pub(crate) fn new(ctx: SockAddrContext, family: Family) -> Self {
-        Self { ctx, family }
+    pub(crate) fn new(ctx: SockAddrContext) -> Self {
+        Self { ctx }
     }
 
     #[inline(always)]
@@ -59,15 +53,15 @@ impl Hook {
     #[inline(always)]
     pub(crate) fn address(&self) -> Address {
         let raw = self.raw();
-        match self.family {
-            Family::V4 => Address::from_v4_word(read!(raw, user_ip4)),
-            Family::V6 => Address::from_words([
-                read!(raw, user_ip6[0]),
-                read!(raw, user_ip6[1]),
-                read!(raw, user_ip6[2]),
-                read!(raw, user_ip6[3]),
-            ]),
+        if V4 {
+            return Address::from_v4_word(read!(raw, user_ip4));
         }
+        Address::from_words([
+            read!(raw, user_ip6[0]),
+            read!(raw, user_ip6[1]),
+            read!(raw, user_ip6[2]),
+            read!(raw, user_ip6[3]),
+        ])
     }
 
     #[inline(always)]
@@ -87,25 +81,26 @@ impl Hook {
     #[inline(always)]
     pub(crate) fn rewrite(&self, address: &Address, port: Port) -> bool {
         let raw = self.raw();
-        match self.family {
-            Family::V4 if !address.is_v4() => return false,
-            Family::V4 => write!(raw, address.v4_word(), user_ip4),
-            Family::V6 => {
-                let words = address.words();
-                write!(raw, words[0], user_ip6[0]);
-                write!(raw, words[1], user_ip6[1]);
-                write!(raw, words[2], user_ip6[2]);
-                write!(raw, words[3], user_ip6[3]);
+        if V4 {
+            if !address.is_v4() {
+                return false;
             }
+            write!(raw, address.v4_word(), user_ip4);
+        } else {
+            let words = address.words();
+            write!(raw, words[0], user_ip6[0]);
+            write!(raw, words[1], user_ip6[1]);
+            write!(raw, words[2], user_ip6[2]);
+            write!(raw, words[3], user_ip6[3]);
         }
         write!(raw, port.user_port(), user_port);
         true
     }
 
-    /// What was remembered of this socket.
+    /// What a connected socket dialled.
     #[inline(always)]
     pub(crate) fn origin(&self) -> Option<&Origin> {
-        // SAFETY: the helper returns null or a valued owned by the socket, which outlives the program.
+        // SAFETY: the helper returns null or a value owned by the socket, which outlives the program.
         unsafe { maps::ORIGIN.get_ptr_mut(&self.ctx).as_ref() }
     }
 
@@ -122,6 +117,21 @@ impl Hook {
         }
         true
     }
+
+    /// The backends an unconnected socket talks to, if there are any.
+    #[inline(always)]
+    pub(crate) fn peers(&self) -> Option<&Peers> {
+        // SAFETY: as for `origin`.
+        unsafe { maps::PEERS.get_ptr_mut(&self.ctx).as_ref() }
+    }
+
+    /// The same, made now if need be; none if there is no memory for it. Two threads may send on
+    /// one socket at once: at worst one of them draws a backend again.
+    #[inline(always)]
+    pub(crate) fn peers_mut(&self) -> Option<&mut Peers> {
+        // SAFETY: as for `origin`; without an initial value the kernel zeroes it.
+        unsafe { maps::PEERS.get_or_insert_ptr_mut(&self.ctx, None).as_mut() }
+    }
 }
 
 /// A verdict as the kernel wants it: 0 alone would be EPERM, so the errno goes first.
@@ -130,7 +140,7 @@ pub(crate) fn answer(verdict: Verdict) -> i32 {
     match verdict {
         Verdict::Allow => ALLOW,
         Verdict::Refuse => {
-            // SAFETY: a plain helper call; allowed for connect hooks since Linux 5.18.
+            // SAFETY: a plain helper call; allowed for connect and sendmsg hooks since Linux 5.18.
             unsafe { bpf_set_retval(-ECONNREFUSED) };
             REFUSE
         }

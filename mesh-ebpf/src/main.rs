@@ -8,33 +8,53 @@
 #![expect(internal_features, reason = "the BPF target has no stable atomic add")]
 #![expect(unsafe_code, reason = "BPF helpers and the socket context are raw pointers")]
 
-mod connect;
 mod context;
-mod getpeername;
+mod forward;
 mod maps;
+mod reverse;
 
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 
-use crate::context::{Family, Hook};
+use crate::context::Hook;
 
 #[cgroup_sock_addr(connect4)]
 fn mesh_connect4(ctx: SockAddrContext) -> i32 {
-    connect::run(&Hook::new(ctx, Family::V4))
+    forward::connect(&Hook::<true>::new(ctx))
 }
 
 #[cgroup_sock_addr(connect6)]
 fn mesh_connect6(ctx: SockAddrContext) -> i32 {
-    connect::run(&Hook::new(ctx, Family::V6))
+    forward::connect(&Hook::<false>::new(ctx))
 }
 
 #[cgroup_sock_addr(getpeername4)]
 fn mesh_getpeer4(ctx: SockAddrContext) -> i32 {
-    getpeername::run(&Hook::new(ctx, Family::V4))
+    reverse::run(&Hook::<true>::new(ctx))
 }
 
 #[cgroup_sock_addr(getpeername6)]
 fn mesh_getpeer6(ctx: SockAddrContext) -> i32 {
-    getpeername::run(&Hook::new(ctx, Family::V6))
+    reverse::run(&Hook::<false>::new(ctx))
+}
+
+#[cgroup_sock_addr(sendmsg4)]
+fn mesh_sendmsg4(ctx: SockAddrContext) -> i32 {
+    forward::datagram(&Hook::<true>::new(ctx))
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+fn mesh_sendmsg6(ctx: SockAddrContext) -> i32 {
+    forward::datagram(&Hook::<false>::new(ctx))
+}
+
+#[cgroup_sock_addr(recvmsg4)]
+fn mesh_recvmsg4(ctx: SockAddrContext) -> i32 {
+    reverse::run(&Hook::<true>::new(ctx))
+}
+
+#[cgroup_sock_addr(recvmsg6)]
+fn mesh_recvmsg6(ctx: SockAddrContext) -> i32 {
+    reverse::run(&Hook::<false>::new(ctx))
 }
 
 #[panic_handler]

@@ -13,7 +13,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use mesh_common::{
-    abi::{Backend, Frontend, MAX_VIP_RANGES, Origin, ServiceWord, SlotWord, VipRanges},
+    abi::{Backend, Frontend, MAX_VIP_RANGES, Origin, Peers, ServiceWord, SlotWord, VipRanges},
     address::{Address, Prefix},
     outcome::Outcome,
 };
@@ -30,6 +30,8 @@ static SLOTS: Array<u64, 1, MMAPABLE> = Array::new();
 static BACKENDS: Array<Backend, 1> = Array::new();
 #[btf_map]
 pub(crate) static ORIGIN: SkStorage<Origin> = SkStorage::new();
+#[btf_map]
+pub(crate) static PEERS: SkStorage<Peers> = SkStorage::new();
 #[btf_map]
 static STATS: PerCpuArray<u64, { Outcome::ALL.len() }> = PerCpuArray::new();
 
@@ -82,7 +84,7 @@ fn load(array: &Array<u64, 1, MMAPABLE>, index: u32) -> Option<u64> {
 /// A backend in use. Its entry does not change while a slot refers to it.
 #[inline(always)]
 pub(crate) fn backend(id: u32) -> Option<&'static Backend> {
-    BACKENDS.get(id).filter(|backend| backend.flags & Backend::IN_USE != 0)
+    BACKENDS.get(id).filter(|backend| backend.in_use())
 }
 
 #[inline(always)]

@@ -166,10 +166,10 @@ impl Entry {
     }
 
     /// The backends of one VIP with the weights in effect.
-    fn backends(&self, vip: IpAddr) -> BTreeMap<Endpoint, u32> {
+    fn backends(&self, vip: IpAddr) -> BTreeMap<Endpoint, u16> {
         let selectable = self.selectable(vip);
         let weight = |instance: &Instance| {
-            if Some(instance.health) == selectable { u32::from(instance.weight) } else { 0 }
+            if Some(instance.health) == selectable { instance.weight } else { 0 }
         };
         self.instances(vip).map(|instance| (endpoint(instance), weight(instance))).collect()
     }

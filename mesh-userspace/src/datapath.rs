@@ -14,7 +14,7 @@ use std::{
 };
 
 use aya::{
-    Ebpf, EbpfLoader, VerifierLogLevel,
+    Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray},
     programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, links::FdLink},
 };
@@ -38,7 +38,16 @@ use sys::{LinkInfo, PinnedLink, Words};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("MESH_BPF_OBJECT"));
 
 /// The programs, as the kernel shows them; each hooks the call that its name says.
-pub const PROGRAMS: [&str; 4] = ["mesh_connect4", "mesh_connect6", "mesh_getpeer4", "mesh_getpeer6"];
+pub const PROGRAMS: [&str; 8] = [
+    "mesh_connect4",
+    "mesh_connect6",
+    "mesh_getpeer4",
+    "mesh_getpeer6",
+    "mesh_sendmsg4",
+    "mesh_sendmsg6",
+    "mesh_recvmsg4",
+    "mesh_recvmsg6",
+];
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -160,10 +169,7 @@ impl Datapath {
             unpin_maps(&pins)?;
         }
         let mut ebpf = load(settings, &pins)?;
-        for name in PROGRAMS {
-            let loaded = program(&mut ebpf, name).load();
-            loaded.map_err(|source| Error::Program { name, source: Box::new(source) })?;
-        }
+        load_programs(&mut ebpf)?;
         let maps = Maps::open(&pins)?;
         let datapath = Self { maps, ebpf, pins, cgroup: settings.cgroup.clone(), _lock: lock };
         Ok((datapath, adopted))
@@ -245,7 +251,7 @@ impl Maps {
         }
         for (id, entry) in (0..).zip(self.backends.iter()) {
             let backend = entry.map_err(map_error(map::BACKENDS))?;
-            if backend.flags & Backend::IN_USE != 0 {
+            if backend.in_use() {
                 dump.backends.insert(id, backend);
             }
         }
@@ -273,13 +279,8 @@ impl Maps {
     /// Writes one operation.
     pub fn write(&mut self, op: &Op) -> Result<()> {
         match op {
-            Op::PutBackend { id, service, endpoint } => {
-                let backend = Backend {
-                    address: endpoint.address,
-                    port: endpoint.port,
-                    service: *service,
-                    flags: Backend::IN_USE,
-                };
+            Op::PutBackend { id, service, endpoint, weight } => {
+                let backend = Backend::new(endpoint.address, endpoint.port, *service, *weight);
                 self.backends.set(*id, backend, 0).map_err(map_error(map::BACKENDS))?;
             }
             Op::PutSlots { base, words } => {
@@ -346,12 +347,18 @@ pub fn cleanup(pins: &Pins) -> Result<Vec<PathBuf>> {
     Ok(removed)
 }
 
-/// Has the kernel verify the programs, attaching and pinning nothing.
-pub fn probe() -> Result<()> {
+/// Has the kernel verify the programs, attaching and pinning nothing. The ranges matter: without
+/// any, the verifier drops all that comes behind the range check as dead.
+pub fn probe(vip_ranges: &VipRanges) -> Result<()> {
     let mut loader = EbpfLoader::new();
+    loader.override_global("VIP_RANGES", vip_ranges.as_slice(), true);
     let mut ebpf = loader.load(OBJECT).map_err(|error| Error::Load(Box::new(error)))?;
+    load_programs(&mut ebpf)
+}
+
+fn load_programs(ebpf: &mut Ebpf) -> Result<()> {
     for name in PROGRAMS {
-        let loaded = program(&mut ebpf, name).load();
+        let loaded = program(ebpf, name).load();
         loaded.map_err(|source| Error::Program { name, source: Box::new(source) })?;
     }
     Ok(())
@@ -362,7 +369,6 @@ fn load(settings: &Settings, pins: &Pins) -> Result<Ebpf> {
     let sizes = settings.sizes;
     let mut loader = EbpfLoader::new();
     loader
-        .verifier_log_level(VerifierLogLevel::DISABLE)
         .override_global("VIP_RANGES", settings.vip_ranges.as_slice(), true)
         .map_max_entries(map::FRONTENDS, sizes.frontends)
         .map_max_entries(map::SERVICES, sizes.services)

@@ -16,6 +16,7 @@ pub mod alias;
 pub mod alloc;
 pub mod applied;
 
+use alloc::Alloc;
 pub use applied::Applied;
 
 /// Where a backend listens.
@@ -27,15 +28,17 @@ pub struct Endpoint {
 
 /// What the maps should hold: for each frontend its backends and their weights. A backend of
 /// weight zero is known, and keeps its id, but gets no new connections.
-pub type Desired = BTreeMap<Frontend, BTreeMap<Endpoint, u32>>;
+pub type Desired = BTreeMap<Frontend, BTreeMap<Endpoint, u16>>;
 
 /// One write to the maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Op {
+    /// A new backend, or a new weight of one that is in use.
     PutBackend {
         id: u32,
         service: u32,
         endpoint: Endpoint,
+        weight: u16,
     },
     PutSlots {
         base: u32,
@@ -112,7 +115,7 @@ pub fn plan(desired: &Desired, applied: &Applied, prune: Prune) -> Plan {
 
 struct Planner<'a> {
     applied: &'a Applied,
-    alloc: alloc::Alloc,
+    alloc: Alloc,
     ops: Vec<Op>,
     /// Backends that nothing refers to any more once `ops` so far are done.
     unused: BTreeSet<u32>,
@@ -120,60 +123,66 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    /// Admission first: nothing is planned for a service unless all of it fits.
-    fn service(&mut self, frontend: Frontend, backends: &BTreeMap<Endpoint, u32>) -> Result<(), Refused> {
+    /// A service fits whole, or nothing is planned for it.
+    fn service(&mut self, frontend: Frontend, backends: &BTreeMap<Endpoint, u16>) -> Result<(), Refused> {
         let applied = self.applied;
         let known = applied.frontends.get(&frontend).copied();
         let current = known.and_then(|id| applied.services.get(&id));
-        let id_of = |endpoint: &Endpoint| current.and_then(|service| service.backends.get(endpoint)).copied();
+        let backend_of = |endpoint: &Endpoint| current.and_then(|service| service.backends.get(endpoint));
 
-        let new = backends.keys().filter(|endpoint| id_of(endpoint).is_none()).count();
-        let used = backends.values().filter(|weight| **weight > 0).count();
-        self.admit(frontend, known.is_none(), new, used)?;
+        let refuse = |map, needed, free, max| Err(Refused { frontend, map, needed, free, max });
+        let Alloc { services: service_ids, backends: backend_ids, .. } = &self.alloc;
+        let new = backends.keys().filter(|endpoint| backend_of(endpoint).is_none()).count();
+        if new > backend_ids.free() as usize {
+            return refuse(map::BACKENDS, new, backend_ids.free(), backend_ids.max());
+        }
+        if known.is_none() && service_ids.free() == 0 {
+            return refuse(map::SERVICES, 1, 0, service_ids.max());
+        }
 
-        let id = known.unwrap_or_else(|| self.alloc.services.take().expect("admitted"));
-        let mut weights = Vec::with_capacity(used);
+        let id = known.unwrap_or_else(|| self.alloc.services.take().expect("one is free"));
+        let mut taken = Vec::with_capacity(new);
+        let mut weights = Vec::with_capacity(backends.len());
+        // Before the service word: what it leads to. After it: what it no longer leads to.
+        let (mut before, mut after) = (Vec::new(), Vec::new());
         for (&endpoint, &weight) in backends {
-            let backend = id_of(&endpoint).unwrap_or_else(|| {
-                let new = self.alloc.backends.take().expect("admitted");
-                self.ops.push(Op::PutBackend { id: new, service: id, endpoint });
-                new
+            let known = backend_of(&endpoint);
+            let backend = known.map(|backend| backend.id).unwrap_or_else(|| {
+                taken.push(self.alloc.backends.take().expect("enough are free"));
+                taken[taken.len() - 1]
             });
+            if known.is_none_or(|backend| backend.weight != weight) {
+                let put = Op::PutBackend { id: backend, service: id, endpoint, weight };
+                if weight > 0 { before.push(put) } else { after.push(put) }
+            }
             if weight > 0 {
-                weights.push((backend, weight));
+                weights.push((backend, u32::from(weight)));
             }
         }
         weights.sort_unstable();
         let words = alias::table(&weights);
         if current.is_none_or(|service| service.words != words) {
-            let count = index(words.len());
-            let base = self.alloc.slots.take(count).expect("admitted");
-            if count > 0 {
-                self.ops.push(Op::PutSlots { base, words });
+            let Some(base) = self.alloc.slots.take(index(words.len())) else {
+                taken.into_iter().for_each(|id| self.alloc.backends.give_back(id));
+                if known.is_none() {
+                    self.alloc.services.give_back(id);
+                }
+                let slots = &self.alloc.slots;
+                return refuse(map::SLOTS, words.len(), slots.longest(), slots.max());
+            };
+            let word = ServiceWord::new(base, index(words.len()));
+            if !words.is_empty() {
+                before.push(Op::PutSlots { base, words });
             }
-            self.ops.push(Op::PutService { id, word: ServiceWord::new(base, count) });
+            before.push(Op::PutService { id, word });
         }
         if known.is_none() {
-            self.ops.push(Op::PutFrontend { frontend, service: id });
+            before.push(Op::PutFrontend { frontend, service: id });
         }
-        let before = current.into_iter().flat_map(|service| &service.backends);
-        self.unused
-            .extend(before.filter(|(endpoint, _)| !backends.contains_key(*endpoint)).map(|(_, id)| id));
-        Ok(())
-    }
-
-    fn admit(&self, frontend: Frontend, service: bool, backends: usize, slots: usize) -> Result<(), Refused> {
-        let alloc = &self.alloc;
-        let maps = [
-            (map::SERVICES, usize::from(service), alloc.services.free(), alloc.services.max()),
-            (map::BACKENDS, backends, alloc.backends.free(), alloc.backends.max()),
-            (map::SLOTS, slots, alloc.slots.longest(), alloc.slots.max()),
-        ];
-        for (map, needed, free, max) in maps {
-            if needed > free as usize {
-                return Err(Refused { frontend, map, needed, free, max });
-            }
-        }
+        self.ops.extend(before.into_iter().chain(after));
+        let had = current.into_iter().flat_map(|service| &service.backends);
+        let gone = had.filter(|(endpoint, _)| !backends.contains_key(*endpoint));
+        self.unused.extend(gone.map(|(_, backend)| backend.id));
         Ok(())
     }
 
@@ -181,7 +190,7 @@ impl Planner<'_> {
         self.ops.push(Op::DeleteFrontend { frontend });
         self.ops.push(Op::PutService { id, word: ServiceWord::default() });
         if let Some(service) = self.applied.services.get(&id) {
-            self.unused.extend(service.backends.values());
+            self.unused.extend(service.backends.values().map(|backend| backend.id));
         }
     }
 
@@ -197,9 +206,9 @@ impl Planner<'_> {
     }
 }
 
-/// A count of map entries; admission has seen that it fits.
+/// A count of map entries; what does not fit is refused before.
 fn index(len: usize) -> u32 {
-    u32::try_from(len).expect("admitted")
+    u32::try_from(len).expect("no more than a map holds")
 }
 
 #[cfg(test)]

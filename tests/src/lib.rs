@@ -263,6 +263,11 @@ pub fn weighted_service(name: &str, port: u16, vip: &str, instances: &[(&str, u1
     text
 }
 
+/// As [`service`], over UDP.
+pub fn datagram_service(name: &str, port: u16, vip: &str, instances: &[(&str, u16)]) -> String {
+    service(name, port, vip, instances).replacen("port = ", "protocol = \"udp\"\nport = ", 1)
+}
+
 /// A loopback address that nobody listens on at the moment.
 pub fn free_address() -> String {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()

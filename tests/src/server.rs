@@ -1,8 +1,8 @@
-//! A TCP server that answers every connection with its name.
+//! Servers that answer with their name.
 
 use std::{
     io::Write,
-    net::{SocketAddr, TcpListener},
+    net::{SocketAddr, TcpListener, UdpSocket},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -10,14 +10,30 @@ use std::{
     thread,
 };
 
-/// Listens until the test ends.
+/// Serves until the test ends.
 pub struct Server {
     pub address: SocketAddr,
     hits: Arc<AtomicU64>,
 }
 
 impl Server {
-    /// On a free port of 127.0.0.1.
+    /// A UDP server that answers every datagram.
+    pub fn datagrams(name: &'static str, address: &str) -> Self {
+        let socket = UdpSocket::bind(address).unwrap_or_else(|error| panic!("{address}: {error}"));
+        let address = socket.local_addr().unwrap();
+        let hits = Arc::new(AtomicU64::new(0));
+        let counter = hits.clone();
+        thread::spawn(move || {
+            let mut buffer = [0; 2048];
+            while let Ok((_, from)) = socket.recv_from(&mut buffer) {
+                counter.fetch_add(1, Ordering::Relaxed);
+                let _ = socket.send_to(name.as_bytes(), from);
+            }
+        });
+        Self { address, hits }
+    }
+
+    /// A TCP server on a free port of 127.0.0.1.
     pub fn start(name: &'static str) -> Self {
         Self::start_at(name, "127.0.0.1:0")
     }
@@ -43,7 +59,7 @@ impl Server {
         self.address.port()
     }
 
-    /// Connections accepted so far.
+    /// Connections accepted, or datagrams received, so far.
     pub fn hits(&self) -> u64 {
         self.hits.load(Ordering::Relaxed)
     }

@@ -367,12 +367,12 @@ impl Explanation {
 pub fn shares(applied: &Applied, service: Option<u32>) -> Vec<Share> {
     let Some(service) = service.and_then(|id| applied.services.get(&id)) else { return Vec::new() };
     let shares = alias::shares(&service.words);
-    let backends = service.backends.iter().filter_map(|(endpoint, id)| {
+    let backends = service.backends.iter().filter_map(|(endpoint, backend)| {
         Some(Share {
-            id: *id,
+            id: backend.id,
             address: endpoint.address.ip(),
             port: endpoint.port.get(),
-            share: *shares.get(id)?,
+            share: *shares.get(&backend.id)?,
         })
     });
     backends.collect()

@@ -101,7 +101,7 @@ fn node(config: &Config, findings: &mut Vec<Finding>) {
         )
     });
     // Versions lie about features; the kernel's own verifier does not.
-    findings.push(match datapath::probe() {
+    findings.push(match datapath::probe(&config.kernel_ranges()) {
         Ok(()) => ok("kernel", format!("{kernel} takes the programs")),
         Err(error) => {
             fail("kernel", format!("{kernel}: {error}"), "Linux 6.1 or later with CONFIG_CGROUP_BPF, as root")

@@ -41,7 +41,14 @@ pub struct Applied {
 pub struct Service {
     pub base: u32,
     pub words: Vec<SlotWord>,
-    pub backends: BTreeMap<Endpoint, u32>,
+    pub backends: BTreeMap<Endpoint, Known>,
+}
+
+/// A backend's place and weight in the maps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Known {
+    pub id: u32,
+    pub weight: u16,
 }
 
 /// Contents of the maps as read at start, entries in use only.
@@ -99,9 +106,10 @@ impl Applied {
         }
         for (&id, backend) in &dump.backends {
             let endpoint = Endpoint { address: backend.address, port: backend.port };
+            let known = Known { id, weight: backend.weight };
             applied.owners.insert(id, (backend.service, endpoint));
             let owner = applied.services.get_mut(&backend.service);
-            if owner.is_none_or(|service| *service.backends.entry(endpoint).or_insert(id) != id) {
+            if owner.is_none_or(|service| service.backends.entry(endpoint).or_insert(known).id != id) {
                 applied.strays.insert(id);
             }
         }
@@ -111,16 +119,20 @@ impl Applied {
     /// The id of a frontend's backend.
     pub fn backend_id(&self, frontend: &Frontend, endpoint: &Endpoint) -> Option<u32> {
         let service = self.services.get(self.frontends.get(frontend)?)?;
-        service.backends.get(endpoint).copied()
+        service.backends.get(endpoint).map(|backend| backend.id)
     }
 
     /// Follows one operation that has been written.
     pub fn apply(&mut self, op: &Op) {
         match op {
-            Op::PutBackend { id, service, endpoint } => {
+            Op::PutBackend { id, service, endpoint, weight } => {
                 self.alloc.backends.claim(*id);
                 self.owners.insert(*id, (*service, *endpoint));
-                self.services.entry(*service).or_default().backends.insert(*endpoint, *id);
+                self.services
+                    .entry(*service)
+                    .or_default()
+                    .backends
+                    .insert(*endpoint, Known { id: *id, weight: *weight });
             }
             Op::PutSlots { base, words } => {
                 self.alloc.slots.claim(*base, index(words.len()));
@@ -136,7 +148,7 @@ impl Applied {
             Op::PutService { id, .. } => {
                 if let Some(service) = self.services.remove(id) {
                     self.retired_slots.push((service.base, index(service.words.len())));
-                    self.strays.extend(service.backends.values());
+                    self.strays.extend(service.backends.values().map(|backend| backend.id));
                     self.retired_services.push(*id);
                 }
             }
@@ -150,7 +162,7 @@ impl Applied {
                 self.strays.remove(id);
                 if let Some((service, endpoint)) = self.owners.remove(id)
                     && let Some(service) = self.services.get_mut(&service)
-                    && service.backends.get(&endpoint) == Some(id)
+                    && service.backends.get(&endpoint).is_some_and(|backend| backend.id == *id)
                 {
                     service.backends.remove(&endpoint);
                 }

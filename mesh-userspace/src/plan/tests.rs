@@ -20,8 +20,8 @@ fn endpoint(n: u8) -> Endpoint {
     Endpoint { address: Ipv4Addr::new(10, 0, 0, n).into(), port: Port::new(8080) }
 }
 
-fn desired(services: &[(u8, &[(u8, u32)])]) -> Desired {
-    let backends = |list: &[(u8, u32)]| list.iter().map(|(n, weight)| (endpoint(*n), *weight)).collect();
+fn desired(services: &[(u8, &[(u8, u16)])]) -> Desired {
+    let backends = |list: &[(u8, u16)]| list.iter().map(|(n, weight)| (endpoint(*n), *weight)).collect();
     services.iter().map(|(n, list)| (frontend(*n), backends(list))).collect()
 }
 
@@ -46,10 +46,9 @@ impl Memory {
 
     fn write(&mut self, op: &Op) {
         match op {
-            Op::PutBackend { id, service, endpoint } => {
+            Op::PutBackend { id, service, endpoint, weight } => {
                 let Endpoint { address, port } = *endpoint;
-                let flags = Backend::IN_USE;
-                self.backends[*id as usize] = Backend { address, port, service: *service, flags };
+                self.backends[*id as usize] = Backend::new(address, port, *service, *weight);
             }
             Op::PutSlots { base, words } => {
                 self.slots[*base as usize..][..words.len()].copy_from_slice(words);
@@ -68,7 +67,7 @@ impl Memory {
 
     fn restore(&self) -> (Applied, Vec<Frontend>) {
         let services = (0..).zip(&self.services).filter(|(_, word)| word.exists());
-        let backends = (0..).zip(&self.backends).filter(|(_, backend)| backend.flags != 0);
+        let backends = (0..).zip(&self.backends).filter(|(_, backend)| backend.in_use());
         let dump = Dump {
             frontends: self.frontends.clone(),
             services: services.map(|(id, word)| (id, *word)).collect(),
@@ -91,7 +90,7 @@ impl Memory {
 
     fn endpoint_of(&self, id: u32) -> Endpoint {
         let backend = self.backends[id as usize];
-        assert_ne!(backend.flags, 0, "a slot without its backend");
+        assert!(backend.in_use(), "a slot without its backend");
         Endpoint { address: backend.address, port: backend.port }
     }
 }
@@ -116,10 +115,10 @@ fn run(desired: &Desired, applied: &mut Applied, memory: &mut Memory) -> Vec<(Me
 }
 
 fn worlds() -> impl Strategy<Value = Desired> {
-    let backends = prop::collection::btree_map(0u8..5, 0u32..4, 0..4);
+    let backends = prop::collection::btree_map(0u8..5, 0u16..4, 0..4);
     prop::collection::btree_map(0u8..3, backends, 0..3).prop_map(|services| {
         let backends =
-            |list: BTreeMap<u8, u32>| list.into_iter().map(|(n, weight)| (endpoint(n), weight)).collect();
+            |list: BTreeMap<u8, u16>| list.into_iter().map(|(n, weight)| (endpoint(n), weight)).collect();
         services.into_iter().map(|(n, list)| (frontend(n), backends(list))).collect()
     })
 }
@@ -173,6 +172,14 @@ proptest! {
         check_reader(&states, &a, &b);
         prop_assert_eq!(plan(&b, &applied, Prune::Yes), Plan::default());
 
+        let weights = |world: &Desired| -> Vec<_> { world.values().flatten().map(|(at, weight)| (*at, *weight)).collect() };
+        let written = applied.services.values().flat_map(|service| &service.backends);
+        let mut written: Vec<_> = written.map(|(at, backend)| (*at, backend.weight)).collect();
+        let mut wanted = weights(&b);
+        written.sort_unstable();
+        wanted.sort_unstable();
+        prop_assert_eq!(written, wanted);
+
         // What is restored from the maps is what the daemon knew.
         let (restored, unsound) = memory.restore();
         prop_assert_eq!(unsound, []);
@@ -188,7 +195,7 @@ proptest! {
             prop_assert_eq!(last.reachable(&frontend(n)), selectable(&c, &frontend(n)));
         }
         let known: usize = c.values().map(BTreeMap::len).sum();
-        prop_assert_eq!(last.backends.iter().filter(|backend| backend.flags != 0).count(), known, "leaked backends");
+        prop_assert_eq!(last.backends.iter().filter(|backend| backend.in_use()).count(), known, "leaked backends");
         prop_assert_eq!(applied.alloc.backends.used() as usize, known);
         prop_assert_eq!(applied.alloc.services.used() as usize, c.len());
         let slots = c.values().flat_map(BTreeMap::values).filter(|weight| **weight > 0).count();
@@ -232,6 +239,20 @@ fn a_backend_of_weight_zero_keeps_its_id() {
     let id = applied.backend_id(&frontend(0), &endpoint(2));
     run(&desired(&[(0, &[(1, 1), (2, 0)])]), &mut applied, &mut memory);
     assert_eq!(applied.backend_id(&frontend(0), &endpoint(2)), id);
+}
+
+#[test]
+fn a_service_that_does_not_change_fits_also_when_slots_are_used_up() {
+    let (mut applied, mut memory) = (Applied::empty(SIZES), Memory::new());
+    let many: Vec<_> = (1..=14).map(|n| (n, 1)).collect();
+    let world = desired(&[(0, &many)]);
+    run(&world, &mut applied, &mut memory);
+    assert!(applied.alloc.slots.longest() < 14);
+    assert_eq!(plan(&world, &applied, Prune::Yes), Plan::default());
+
+    let changed: Vec<_> = (1..=14).map(|n| (n, u16::from(n))).collect();
+    let plan = plan(&desired(&[(0, &changed)]), &applied, Prune::Yes);
+    assert_eq!((plan.ops, plan.refused[0].map), (vec![], map::SLOTS));
 }
 
 #[test]

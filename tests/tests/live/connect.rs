@@ -1,6 +1,6 @@
 //! What a single `connect()` does.
 
-use mesh_tests::{Mesh, server::Server, service, weighted_service};
+use mesh_tests::{Mesh, datagram_service, server::Server, service, weighted_service};
 
 const VIP: &str = "127.128.1.1";
 
@@ -179,16 +179,8 @@ asyncio.run(main())
 #[test]
 fn tcp_and_udp_on_one_port_are_two_services() {
     let server = Server::start("tcp");
-    let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-    let echo = udp.try_clone().unwrap();
-    std::thread::spawn(move || {
-        let mut buffer = [0; 64];
-        while let Ok((length, from)) = echo.recv_from(&mut buffer) {
-            let _ = echo.send_to(&[b"udp ", &buffer[..length]].concat(), from);
-        }
-    });
-    let udp_service = service("echo", 80, VIP, &[("127.0.0.1", udp.local_addr().unwrap().port())]);
-    let udp_service = udp_service.replacen("port = 80\n", "protocol = \"udp\"\nport = 80\n", 1);
+    let udp = Server::datagrams("udp", "127.0.0.1:0");
+    let udp_service = datagram_service("echo", 80, VIP, &[("127.0.0.1", udp.port())]);
     let mesh = Mesh::start(&(service("echo", 80, VIP, &[("127.0.0.1", server.port())]) + &udp_service));
     let answers = mesh.python(&format!(
         r#"
@@ -202,7 +194,7 @@ u.send(b"hello")
 print(t.recv(9).decode(), u.recv(64).decode())
 "#
     ));
-    assert_eq!(answers, "tcp udp hello");
+    assert_eq!(answers, "tcp udp");
 }
 
 #[test]

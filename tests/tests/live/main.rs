@@ -3,6 +3,7 @@
 mod commands;
 mod connect;
 mod daemon;
+mod datagram;
 mod input;
 mod load;
 mod servers;
