@@ -3,7 +3,10 @@
 use std::{
     fs, io,
     net::{IpAddr, SocketAddr},
-    os::unix::{fs::PermissionsExt, net::UnixStream as StdUnixStream},
+    os::unix::{
+        fs::{FileTypeExt, PermissionsExt},
+        net::UnixStream as StdUnixStream,
+    },
     path::Path,
     sync::Arc,
 };
@@ -31,7 +34,10 @@ pub fn bind(path: &Path) -> anyhow::Result<UnixListener> {
     if let Some(dir) = path.parent() {
         fs::create_dir_all(dir).with_context(what)?;
     }
-    if path.exists() {
+    if let Ok(meta) = fs::symlink_metadata(path) {
+        if !meta.file_type().is_socket() {
+            bail!("api.socket {} exists and is no socket", path.display());
+        }
         if StdUnixStream::connect(path).is_ok() {
             bail!("{} is in use by another mesh daemon; set another api.socket", path.display());
         }

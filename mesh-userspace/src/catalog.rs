@@ -44,7 +44,9 @@ impl Catalog {
     pub fn build(snapshots: &[Option<Arc<Snapshot>>], vips: &mut Vips) -> Self {
         let mut catalog = Self {
             delivered: snapshots.iter().all(Option::is_some),
-            complete: snapshots.iter().all(|snapshot| snapshot.as_ref().is_some_and(|s| s.complete)),
+            // Without registries nobody says that anything is gone.
+            complete: !snapshots.is_empty()
+                && snapshots.iter().all(|snapshot| snapshot.as_ref().is_some_and(|s| s.complete)),
             ..Self::default()
         };
         let mut claims = Claims::default();

@@ -1,7 +1,7 @@
 //! The command line.
 
 use std::{
-    io::{self, IsTerminal},
+    io::{self, IsTerminal, Write},
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -22,9 +22,9 @@ use output::{Format, TableFormat};
 #[derive(Debug, Parser)]
 #[command(name = "mesh", version, arg_required_else_help = true, max_term_width = 100)]
 pub struct Cli {
-    /// The daemon's API socket.
-    #[arg(long, global = true, value_name = "PATH", default_value = "/run/mesh/api.sock")]
-    socket: PathBuf,
+    /// The daemon's API socket [default: /run/mesh/api.sock]
+    #[arg(long, global = true, value_name = "PATH")]
+    socket: Option<PathBuf>,
     #[command(subcommand)]
     command: Command,
 }
@@ -126,7 +126,12 @@ enum BackendCommand {
 #[derive(Debug, Subcommand)]
 enum RegistryCommand {
     /// All registries and how fresh they are.
-    List(ListArgs),
+    List {
+        #[arg(short, long, default_value = "table")]
+        output: TableFormat,
+        #[arg(long)]
+        no_headers: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -156,14 +161,16 @@ enum ConfigCommand {
 impl Cli {
     /// Does what was asked; errors are for the caller to print.
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let socket = self.socket.as_path();
+        let given = self.socket;
+        let default = config::Api::default().socket;
+        let socket = given.as_deref().unwrap_or(&default);
         match self.command {
             Command::Run(arg) => {
                 init_logging();
                 let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-                runtime.block_on(daemon::run(arg.path()))?;
+                runtime.block_on(daemon::run(arg.path(), given))?;
             }
-            Command::Check { config, pre, output } => return check::run(config.path(), socket, pre, output),
+            Command::Check { config, pre, output } => return check::run(config.path(), given, pre, output),
             Command::Status { brief, verbose, wait, output } => {
                 let detail = if brief {
                     show::Detail::Brief
@@ -179,7 +186,9 @@ impl Cli {
                 return ask(show::services(socket, Some(&name), &list));
             }
             Command::Backend(BackendCommand::List(list)) => return ask(show::backends(socket, &list)),
-            Command::Registry(RegistryCommand::List(list)) => return ask(show::registries(socket, &list)),
+            Command::Registry(RegistryCommand::List { output, no_headers }) => {
+                return ask(show::registries(socket, &ListArgs { output, no_headers, watch: false }));
+            }
             Command::Explain { target, output } => return ask(show::explain(socket, &target, output)),
             Command::Bpf(BpfCommand::Maps(args)) => bpf::maps(&pins(&args.config, socket)?, args.output)?,
             Command::Bpf(BpfCommand::Programs(args)) => {
@@ -194,7 +203,9 @@ impl Cli {
                 }
             }
             Command::Completion { shell } => {
-                clap_complete::generate(shell, &mut Self::command(), "mesh", &mut io::stdout());
+                let mut script = Vec::new();
+                clap_complete::generate(shell, &mut Self::command(), "mesh", &mut script);
+                io::stdout().write_all(&script)?;
             }
             Command::Man { dir } => {
                 std::fs::create_dir_all(&dir)?;
@@ -234,11 +245,12 @@ fn validate(file: &Path) -> anyhow::Result<()> {
         let config::Registry::File { path } = registry;
         services += registry::file::validate(path, &config.rules)?;
     }
-    println!(
-        "{}: valid; {} registries, {services} services in files",
-        file.display(),
-        config.registries.len()
-    );
+    let registries = config.registries.len();
+    writeln!(
+        io::stdout(),
+        "{}: valid; {registries} registries, {services} services in files",
+        file.display()
+    )?;
     Ok(())
 }
 

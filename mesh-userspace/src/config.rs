@@ -13,9 +13,12 @@ use mesh_common::{
 };
 use serde::Deserialize;
 
-use tokio::sync::mpsc;
-
-use crate::{datapath::mounts, plan::applied::Sizes, registry::Rules, watch};
+use crate::{
+    datapath::mounts,
+    plan::applied::Sizes,
+    registry::Rules,
+    watch::{self, Changes},
+};
 
 /// Where the configuration is looked for when no file is named.
 pub const DEFAULT_PATH: &str = "/etc/mesh/mesh.toml";
@@ -269,12 +272,19 @@ fn vip_ranges(ranges: &toml::Spanned<Vec<toml::Spanned<IpNet>>>) -> Result<Vec<I
     if list.is_empty() || list.len() > MAX_VIP_RANGES {
         return Err((ranges.span().start, format!("vip.ranges must hold 1 to {MAX_VIP_RANGES} ranges")));
     }
+    let mapped: IpNet = "::ffff:0:0/96".parse().expect("a valid range");
     for range in list {
         let (net, at) = (range.get_ref(), range.span().start);
         if net.contains(&service_connect) || service_connect.contains(net) {
             return Err((
                 at,
                 format!("vip.ranges: {net} overlaps {service_connect}, which is ECS Service Connect's own"),
+            ));
+        }
+        if net.contains(&mapped) || mapped.contains(net) {
+            return Err((
+                at,
+                format!("vip.ranges: {net} overlaps {mapped}, the IPv4 addresses; write it as IPv4"),
             ));
         }
         if net.trunc() != *net {
@@ -297,24 +307,29 @@ impl Registry {
 }
 
 /// Tells when the configuration file was written, moved into place or removed.
-pub fn changes(path: Option<PathBuf>) -> mpsc::Receiver<()> {
-    let (tell, told) = mpsc::channel(1);
-    if let Some(path) = path {
-        tokio::spawn(async move {
-            let dir = match path.parent() {
-                Some(dir) if !dir.as_os_str().is_empty() => dir,
-                _ => Path::new("."),
-            };
-            let only = path.file_name().map(ToOwned::to_owned);
-            let watcher = watch::folder(dir, only, tell.clone());
+#[derive(Debug)]
+pub struct Watch {
+    changes: Changes,
+    _watcher: Option<notify::RecommendedWatcher>,
+}
+
+impl Watch {
+    pub fn new(path: Option<&Path>) -> Self {
+        let changes = Changes::default();
+        let watcher = path.and_then(|path| {
+            let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let watcher = watch::folder(dir, path.file_name().map(ToOwned::to_owned), changes.clone());
             if watcher.is_none() {
                 tracing::warn!("cannot watch {}; SIGHUP still reloads it", path.display());
             }
-            // The watcher lives as long as somebody listens.
-            tell.closed().await;
+            watcher
         });
+        Self { changes, _watcher: watcher }
     }
-    told
+
+    pub async fn changed(&self) {
+        self.changes.wait().await;
+    }
 }
 
 impl Config {
@@ -400,6 +415,11 @@ path = "/etc/mesh/services.d"
             (
                 "\n[vip]\nranges = [\"127.128.0.1/10\"]",
                 "mesh.toml:3: vip.ranges: 127.128.0.1/10 has bits behind its prefix; did you mean 127.128.0.0/10?",
+            ),
+            ("[vip]\nranges = [\"::/0\"]", "mesh.toml:2: vip.ranges: ::/0 overlaps ::ffff:0.0.0.0/96"),
+            (
+                "[vip]\nranges = [\"::ffff:127.128.0.0/106\"]",
+                "mesh.toml:2: vip.ranges: ::ffff:127.128.0.0/106 overlaps",
             ),
             ("[vip]\nranges = []", "mesh.toml:2: vip.ranges must hold 1 to 8"),
             ("[datapath]\nmax_backends = 0", "mesh.toml:1: datapath.max_backends must be from 1"),

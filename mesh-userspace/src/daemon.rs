@@ -10,11 +10,11 @@ use std::{
     sync::{Arc, RwLock, atomic::AtomicBool, atomic::Ordering},
 };
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use tokio::{
     runtime::Handle,
-    signal::unix::{SignalKind, signal},
-    sync::watch,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{oneshot, watch},
     task::JoinHandle,
 };
 
@@ -25,7 +25,7 @@ use crate::{
     datapath::{self, Datapath, Pins},
     plan::Applied,
     reconcile::{Reconciler, Report},
-    registry::{self, Publisher, State},
+    registry::{self, Publisher, State, file::Source},
     web,
 };
 
@@ -43,8 +43,16 @@ pub struct View {
 }
 
 /// Runs until SIGTERM or SIGINT; what is in the kernel stays.
-pub async fn run(path: Option<&Path>) -> anyhow::Result<()> {
-    let config = config::load(path)?;
+///
+/// `socket` goes before the configuration's.
+pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result<()> {
+    // First of all, so that an early signal does not kill.
+    let signals = Signals::new()?;
+    let mut config = config::load(path)?;
+    if let Some(socket) = socket {
+        config.api.socket = socket;
+    }
+    let watch = config::Watch::new(config.path.as_deref());
     for table in &config.later {
         tracing::warn!("this version does not act on [{table}] yet");
     }
@@ -55,7 +63,7 @@ pub async fn run(path: Option<&Path>) -> anyhow::Result<()> {
         vip_ranges: config.kernel_ranges(),
         sizes: config.datapath.sizes(),
     };
-    let (datapath, adopted) = Datapath::open(&settings)?;
+    let datapath = Datapath::open(&settings)?;
     if datapath.maps.sizes() != settings.sizes {
         tracing::warn!("the pinned maps keep their sizes; [datapath] takes effect after `mesh cleanup`");
     }
@@ -65,7 +73,8 @@ pub async fn run(path: Option<&Path>) -> anyhow::Result<()> {
     let web = web::bind(config.web.listen).await?;
 
     let pins = datapath.pins().clone();
-    let reconciler = Reconciler::new(datapath, adopted)?;
+    let reconciler = Reconciler::new(datapath)?;
+    let socket_path = config.api.socket.clone();
     let (config, _) = watch::channel(Arc::new(config));
     let registries = watch::Sender::new(Vec::new());
     let (catalog_sender, catalog) = watch::channel(None);
@@ -84,49 +93,76 @@ pub async fn run(path: Option<&Path>) -> anyhow::Result<()> {
     let reload = watch::Sender::new(0);
     let sources = Sources::start(&config.borrow(), registries.clone(), reload.subscribe());
     let runtime = Handle::current();
-    let writer = std::thread::spawn(move || reconciler.run(&runtime, catalog));
-    let merge = tokio::spawn(merge(registries.subscribe(), vips, catalog_sender));
-    tokio::spawn(api::serve(socket, view.clone()));
-    tokio::spawn(web::serve(web, view.clone()));
+    let (writer_runs, mut writer_ended) = oneshot::channel::<()>();
+    let writer = std::thread::spawn(move || {
+        let _writer_runs = writer_runs;
+        reconciler.run(&runtime, catalog);
+    });
+    let mut merge = tokio::spawn(merge(registries.subscribe(), vips, catalog_sender));
+    let mut api = tokio::spawn(api::serve(socket, view.clone()));
+    let mut web = tokio::spawn(web::serve(web, view.clone()));
     tracing::info!(cgroup = %view.cgroup.display(), "mesh {} runs", env!("CARGO_PKG_VERSION"));
 
-    supervise(&config, sources, &reload, &view).await?;
+    let end = tokio::select! {
+        () = supervise(signals, watch, &config, sources, &reload, &view) => Ok(()),
+        // None of these ends by itself: whoever runs the daemon starts it again.
+        _ = &mut writer_ended => Err(anyhow!("the writer of the maps has ended")),
+        end = &mut merge => Err(anyhow!("the catalog has ended: {end:?}")),
+        end = &mut api => Err(anyhow!("the API has ended: {end:?}")),
+        end = &mut web => Err(anyhow!("the web page has ended: {end:?}")),
+    };
 
     // The last catalog is written before the writer's channel closes.
     merge.abort();
     let _ = merge.await;
     let _ = tokio::task::spawn_blocking(move || writer.join()).await;
-    let _ = std::fs::remove_file(&config.borrow().api.socket);
+    let _ = std::fs::remove_file(socket_path);
     tracing::info!("mesh stops; the datapath stays in place (`mesh cleanup` removes it)");
-    Ok(())
+    end
 }
 
-/// Answers signals; returns when the daemon should end.
+struct Signals {
+    hangup: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        Ok(Self {
+            hangup: signal(SignalKind::hangup())?,
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+}
+
+/// Answers signals and changes of the configuration; returns when the daemon should end.
 async fn supervise(
+    mut signals: Signals,
+    watch: config::Watch,
     config: &watch::Sender<Arc<Config>>,
     mut sources: Sources,
     reload: &watch::Sender<u64>,
     view: &View,
-) -> io::Result<()> {
-    let mut hangup = signal(SignalKind::hangup())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    let path = config.borrow().path.clone();
-    let mut changed = config::changes(path);
+) {
+    let started = config.borrow().clone();
     loop {
         tokio::select! {
-            _ = hangup.recv() => {}
-            Some(()) = changed.recv() => {}
-            _ = terminate.recv() => return Ok(()),
-            _ = interrupt.recv() => return Ok(()),
+            _ = signals.hangup.recv() => {}
+            () = watch.changed() => {}
+            _ = signals.terminate.recv() => return,
+            _ = signals.interrupt.recv() => return,
         }
-        let current = config.borrow().clone();
-        let worked = match config::load(current.path.as_deref()) {
-            Ok(new) => {
-                sources.replace(&current, &new);
-                for table in current.needs_restart(&new) {
+        let worked = match config::load(started.path.as_deref()) {
+            Ok(mut new) => {
+                for table in started.needs_restart(&new) {
                     tracing::warn!("[{table}] changed; that takes effect at the next start");
                 }
+                // The programs have the old ranges: what registries say is checked against those.
+                new.rules.vip_ranges.clone_from(&started.rules.vip_ranges);
+                let old = config.borrow().clone();
+                sources.replace(&old, &new).await;
                 config.send_replace(Arc::new(new));
                 true
             }
@@ -155,9 +191,13 @@ impl Sources {
     }
 
     /// Follows a new configuration. A registry that is still configured keeps what it delivered.
-    fn replace(&mut self, old: &Config, new: &Config) {
+    async fn replace(&mut self, old: &Config, new: &Config) {
         if (&old.registries, &old.rules) != (&new.registries, &new.rules) {
-            self.tasks.drain(..).for_each(|task| task.abort());
+            for task in self.tasks.drain(..) {
+                // Awaited, so that it does not publish into the place of another one.
+                task.abort();
+                let _ = task.await;
+            }
             self.spawn(new);
         }
     }
@@ -169,12 +209,13 @@ impl Sources {
             let same = known.iter().find(|state| (state.kind, &state.source) == (kind, &source));
             same.cloned().unwrap_or_else(|| State::new(kind, source))
         });
-        self.states.send_replace(states.collect());
-        for (place, registry) in config.registries.iter().enumerate() {
+        let states: Vec<_> = states.collect();
+        self.states.send_replace(states.clone());
+        for (place, (registry, state)) in config.registries.iter().zip(states).enumerate() {
             let publisher = Publisher::new(self.states.clone(), place);
             let Registry::File { path } = registry.clone();
-            let task = registry::file::run(path, config.rules.clone(), publisher, self.reload.clone());
-            self.tasks.push(tokio::spawn(task));
+            let source = Source::new(path, config.rules.clone(), state.snapshot.is_some());
+            self.tasks.push(tokio::spawn(registry::file::run(source, publisher, self.reload.clone())));
         }
     }
 }

@@ -33,7 +33,7 @@ use crate::plan::{
 pub mod mounts;
 pub mod sys;
 
-use sys::{LinkInfo, PinnedLink, Words};
+use sys::{Grace, LinkInfo, PinnedLink, Words};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("MESH_BPF_OBJECT"));
 
@@ -87,6 +87,21 @@ impl Pins {
         Self(dir.into())
     }
 
+    /// The pin folder.
+    pub fn dir(&self) -> &Path {
+        &self.0
+    }
+
+    /// Whether anything may be pinned here; an error where that cannot be seen.
+    pub fn exist(&self) -> Result<bool> {
+        // A folder below a private one looks as if it were not there, so it is opened.
+        match fs::read_dir(&self.0) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(io_error(format!("cannot read {}", self.0.display()))(error)),
+        }
+    }
+
     fn maps(&self) -> PathBuf {
         self.0.join(format!("abi-{}", abi::VERSION))
     }
@@ -137,6 +152,7 @@ pub struct Maps {
     backends: Array<MapData, Backend>,
     services: Words,
     slots: Words,
+    grace: Grace,
     sizes: Sizes,
 }
 
@@ -150,9 +166,8 @@ pub struct Datapath {
 }
 
 impl Datapath {
-    /// Adopts what is pinned, or makes it. Programs are loaded, but not yet attached: `adopted`
-    /// in the answer says whether the maps already held something to serve.
-    pub fn open(settings: &Settings) -> Result<(Self, bool)> {
+    /// Adopts what is pinned, or makes it. Programs are loaded, but not yet attached.
+    pub fn open(settings: &Settings) -> Result<Self> {
         let pins = Pins::new(&settings.pin_dir);
         let what = || format!("cannot make the pin folder {}", settings.pin_dir.display());
         mounts::ensure_bpffs(&settings.pin_dir).map_err(io_error(what()))?;
@@ -163,16 +178,14 @@ impl Datapath {
             fs::create_dir_all(dir).map_err(io_error(what()))?;
         }
 
-        let adopted = map::ALL.iter().all(|name| pins.map(name).exists());
-        if !adopted {
+        if !map::ALL.iter().all(|name| pins.map(name).exists()) {
             // A start that was cut short, or someone removed a pin: half a set is of no use.
             unpin_maps(&pins)?;
         }
         let mut ebpf = load(settings, &pins)?;
         load_programs(&mut ebpf)?;
         let maps = Maps::open(&pins)?;
-        let datapath = Self { maps, ebpf, pins, cgroup: settings.cgroup.clone(), _lock: lock };
-        Ok((datapath, adopted))
+        Ok(Self { maps, ebpf, pins, cgroup: settings.cgroup.clone(), _lock: lock })
     }
 
     /// Puts the programs in place: into the pinned links, or into new ones where there are none.
@@ -228,6 +241,7 @@ impl Maps {
             slots: words(&slots, map::SLOTS, sizes.slots)?,
             frontends: HashMap::try_from(Map::HashMap(frontends)).map_err(map_error(map::FRONTENDS))?,
             backends: Array::try_from(Map::Array(backends)).map_err(map_error(map::BACKENDS))?,
+            grace: Grace::new().map_err(io_error("cannot make a map of maps"))?,
             sizes,
         })
     }
@@ -264,15 +278,14 @@ impl Maps {
         range.map(|index| SlotWord(self.slots.load(index))).collect()
     }
 
-    /// The mirror of what is in the maps, after deleting what an interrupted change left unsound.
+    /// The mirror of what is in the maps, after removing what an interrupted change left behind.
     pub fn restore(&mut self) -> Result<Applied> {
         let dump = self.dump()?;
-        let (applied, unsound) = Applied::restore(self.sizes, &dump, |word| self.slots(word));
-        for frontend in unsound {
-            self.frontends.remove(&frontend).map_err(map_error(map::FRONTENDS))?;
+        let (mut applied, repairs) = Applied::restore(self.sizes, &dump, |word| self.slots(word));
+        for op in repairs {
+            self.write(&op)?;
+            applied.apply(&op);
         }
-        // Whatever the last daemon was replacing is no longer being read after this.
-        self.write(&Op::Grace)?;
         Ok(applied)
     }
 
@@ -298,7 +311,7 @@ impl Maps {
             Op::DeleteBackend { id } => {
                 self.backends.set(*id, Backend::default(), 0).map_err(map_error(map::BACKENDS))?;
             }
-            Op::Grace => sys::wait_for_readers().map_err(io_error("membarrier"))?,
+            Op::Grace => self.grace.wait().map_err(io_error("cannot wait for readers"))?,
         }
         Ok(())
     }
@@ -326,7 +339,7 @@ impl Stats {
 /// Detaches the programs and removes every pin, touching nothing that mesh did not put there.
 /// Returns what was removed.
 pub fn cleanup(pins: &Pins) -> Result<Vec<PathBuf>> {
-    if !pins.0.exists() {
+    if !pins.exist()? {
         return Ok(Vec::new());
     }
     let _lock = pins.lock()?;
@@ -387,7 +400,7 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> &'a mut CgroupSockAddr {
 
 fn pinned(pins: &Pins, name: &'static str, key: usize, value: usize) -> Result<MapData> {
     let path = pins.map(name);
-    if !path.exists() {
+    if !pins.exist()? || !path.exists() {
         return Err(Error::NotPinned(pins.0.clone()));
     }
     let data = MapData::from_pin(&path).map_err(map_error(name))?;

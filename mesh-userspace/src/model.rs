@@ -34,6 +34,10 @@ impl Protocol {
             Self::Udp => 17,
         }
     }
+
+    pub fn from_number(number: u8) -> Option<Self> {
+        [Self::Tcp, Self::Udp].into_iter().find(|protocol| protocol.number() == number)
+    }
 }
 
 impl fmt::Display for Protocol {

@@ -195,7 +195,6 @@ impl Planner<'_> {
     }
 
     fn finish(mut self) -> Plan {
-        self.unused.extend(&self.applied.strays);
         if !self.ops.is_empty() || !self.unused.is_empty() {
             self.ops.extend(self.unused.into_iter().map(|id| Op::DeleteBackend { id }));
             // Only now may ids and slots that became free be used again.

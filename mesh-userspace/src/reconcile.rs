@@ -9,25 +9,22 @@ use tokio::{runtime::Handle, sync::watch};
 
 use crate::{
     catalog::Catalog,
-    datapath::{Datapath, Error},
+    datapath::{Datapath, Error, PROGRAMS},
     plan::{self, Applied},
 };
 
-/// How long after a failed write the next try comes.
-const RETRY: Duration = Duration::from_secs(1);
+/// How often the programs' places are looked at, and how long after a failed write the next try
+/// comes.
+const PERIOD: Duration = Duration::from_secs(1);
 
 /// What the last round did.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
-    /// Whether the programs are in place.
-    pub attached: bool,
-    /// How many rounds were completed.
-    pub rounds: u64,
-    /// Whether the last round followed a catalog to which every registry had contributed.
-    pub settled: bool,
+    /// The catalog that the maps follow.
+    pub written: Option<Arc<Catalog>>,
     /// Services that did not fit, and why.
     pub refused: Vec<String>,
-    /// Why the last round was not completed.
+    /// Why the last round was not completed, or the programs are not in place.
     pub error: Option<String>,
     pub seconds: f64,
 }
@@ -37,20 +34,22 @@ pub struct Reconciler {
     datapath: Datapath,
     applied: Arc<RwLock<Applied>>,
     report: watch::Sender<Report>,
+    /// Whether our programs, not those of an earlier daemon, were put in place.
+    attached: bool,
 }
 
 impl Reconciler {
-    /// Reads the maps. Where they were adopted with content, puts the programs in place at once;
+    /// Reads the maps. Where they hold something to serve, puts the programs in place at once;
     /// otherwise only after the first round, so that running programs are not swapped for ones
     /// that know nothing.
-    pub fn new(mut datapath: Datapath, adopted: bool) -> Result<Self, Error> {
+    pub fn new(mut datapath: Datapath) -> Result<Self, Error> {
         let applied = datapath.maps.restore()?;
-        let mut report = Report::default();
-        if adopted {
+        let attached = !applied.frontends.is_empty();
+        if attached {
             datapath.attach()?;
-            report.attached = true;
         }
-        Ok(Self { datapath, applied: Arc::new(RwLock::new(applied)), report: watch::Sender::new(report) })
+        let report = watch::Sender::new(Report::default());
+        Ok(Self { datapath, applied: Arc::new(RwLock::new(applied)), report, attached })
     }
 
     pub fn applied(&self) -> Arc<RwLock<Applied>> {
@@ -65,41 +64,43 @@ impl Reconciler {
     pub fn run(mut self, runtime: &Handle, mut catalog: watch::Receiver<Option<Arc<Catalog>>>) {
         loop {
             let current = catalog.borrow_and_update().clone();
-            let done = current.is_none_or(|current| self.round(&current));
-            let more = runtime.block_on(async {
-                if done {
-                    return catalog.changed().await.is_ok();
-                }
-                tokio::select! {
-                    changed = catalog.changed() => changed.is_ok(),
-                    () = tokio::time::sleep(RETRY) => true,
-                }
-            });
-            if !more {
+            if let Some(current) = current {
+                self.round(&current);
+            }
+            let changed = runtime.block_on(async { tokio::time::timeout(PERIOD, catalog.changed()).await });
+            if let Ok(Err(_)) = changed {
                 return;
             }
         }
     }
 
-    fn round(&mut self, catalog: &Catalog) -> bool {
+    /// Writes a catalog that is new or could not be written before, and sees to it that the
+    /// programs are in place.
+    fn round(&mut self, catalog: &Arc<Catalog>) {
         let start = Instant::now();
-        let result = self.write(catalog);
-        let mut report = self.report.borrow().clone();
-        report.seconds = start.elapsed().as_secs_f64();
-        match result {
+        let before = self.report.borrow().clone();
+        let known = before.error.is_none()
+            && before.written.as_ref().is_some_and(|written| Arc::ptr_eq(written, catalog));
+        if known && self.in_place() {
+            return;
+        }
+        let mut report = before.clone();
+        let written = if known { Ok(before.refused.clone()) } else { self.write(catalog) };
+        match written.and_then(|refused| self.attach().map(|()| refused)) {
             Ok(refused) => {
-                for new in refused.iter().filter(|refused| !report.refused.contains(refused)) {
+                for new in refused.iter().filter(|refused| !before.refused.contains(refused)) {
                     tracing::error!("{new}");
                 }
-                report.attached = true;
-                report.rounds += 1;
-                report.settled = catalog.delivered;
+                report.written = Some(catalog.clone());
                 report.refused = refused;
                 report.error = None;
             }
             Err(error) => {
-                tracing::error!("{error}");
-                report.error = Some(error.to_string());
+                let error = error.to_string();
+                if before.error.as_ref() != Some(&error) {
+                    tracing::error!("{error}");
+                }
+                report.error = Some(error);
                 // What was written before the error is in the maps, so they know best.
                 match self.datapath.maps.restore() {
                     Ok(applied) => *self.applied.write().expect("no writer panics") = applied,
@@ -107,24 +108,38 @@ impl Reconciler {
                 }
             }
         }
-        let done = report.error.is_none();
+        report.seconds = start.elapsed().as_secs_f64();
         self.report.send_replace(report);
-        done
     }
 
+    /// Writes until nothing is left to write: what did not fit may fit once something else has gone.
     fn write(&mut self, catalog: &Catalog) -> Result<Vec<String>, Error> {
         let desired = catalog.desired();
-        let plan = {
-            let applied = self.applied.read().expect("no writer panics");
-            plan::plan(&desired, &applied, catalog.prune())
-        };
-        for op in &plan.ops {
-            self.datapath.maps.write(op)?;
-            self.applied.write().expect("no writer panics").apply(op);
+        loop {
+            let plan = plan::plan(&desired, &self.applied.read().expect("no writer panics"), catalog.prune());
+            for op in &plan.ops {
+                self.datapath.maps.write(op)?;
+                self.applied.write().expect("no writer panics").apply(op);
+            }
+            if plan.refused.is_empty() || plan.ops.is_empty() {
+                return Ok(plan.refused.iter().map(ToString::to_string).collect());
+            }
         }
-        if !self.report.borrow().attached {
+    }
+
+    fn in_place(&self) -> bool {
+        let pins = self.datapath.pins();
+        PROGRAMS.iter().all(|name| pins.link_info(name).is_some())
+    }
+
+    fn attach(&mut self) -> Result<(), Error> {
+        if !self.attached || !self.in_place() {
+            if self.attached {
+                tracing::warn!("a program was not in place any more; attaching again");
+            }
             self.datapath.attach()?;
+            self.attached = true;
         }
-        Ok(plan.refused.iter().map(ToString::to_string).collect())
+        Ok(())
     }
 }

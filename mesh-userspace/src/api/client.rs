@@ -1,6 +1,6 @@
 //! The commands' end of the API.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use anyhow::{Context, bail};
 use http_body_util::{BodyExt, Empty};
@@ -9,8 +9,16 @@ use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
+/// Longer than any answer takes.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// Asks the daemon behind `socket` for the object at `path`.
 pub async fn get<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {
+    let answer = tokio::time::timeout(PATIENCE, ask(socket, path)).await;
+    answer.with_context(|| format!("the daemon at {} does not answer", socket.display()))?
+}
+
+async fn ask<T: DeserializeOwned>(socket: &Path, path: &str) -> anyhow::Result<T> {
     let stream = UnixStream::connect(socket).await;
     let stream =
         stream.with_context(|| format!("cannot reach the daemon at {}: is it running?", socket.display()))?;

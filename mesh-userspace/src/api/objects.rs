@@ -1,8 +1,8 @@
 //! The objects of the API, and how they are made from what the daemon knows.
 
-use std::{net::IpAddr, time::SystemTime};
+use std::{net::IpAddr, sync::Arc, time::SystemTime};
 
-use mesh_common::abi::map;
+use mesh_common::abi::{Frontend, map};
 use serde::{Deserialize, Serialize};
 
 use super::Dialled;
@@ -158,9 +158,9 @@ impl Status {
         let states = view.registries.borrow().clone();
         Self {
             version: env!("CARGO_PKG_VERSION").into(),
-            ready: view.ready() && programs.iter().all(|program| program.attached),
+            ready: view.ready(),
             cgroup: view.cgroup.display().to_string(),
-            pin_dir: view.config.borrow().node.pin_dir.display().to_string(),
+            pin_dir: view.pins.dir().display().to_string(),
             programs: programs.into(),
             registries: states
                 .into_iter()
@@ -185,11 +185,20 @@ impl Status {
 }
 
 impl View {
-    /// Whether everything the registries said is in the kernel.
+    /// Whether every registry was heard, the maps follow what they said, and the programs are in
+    /// place.
     pub fn ready(&self) -> bool {
-        let report = self.report.borrow();
+        let report = self.report.borrow().clone();
+        let catalog = self.catalog.borrow().clone();
+        let follows = match (report.written, catalog) {
+            (Some(written), Some(catalog)) => Arc::ptr_eq(&written, &catalog),
+            _ => false,
+        };
         let heard = self.registries.borrow().iter().all(|state| state.snapshot.is_some());
-        report.attached && report.error.is_none() && report.settled && heard
+        follows
+            && heard
+            && report.error.is_none()
+            && PROGRAMS.iter().all(|name| self.pins.link_info(name).is_some())
     }
 
     pub fn maps(&self) -> Vec<MapUse> {
@@ -301,7 +310,7 @@ impl Explanation {
                 let found: Vec<_> =
                     named.flat_map(|entry| entry.vips.iter().map(move |vip| (entry, *vip))).collect();
                 let Some((_, vip)) = found.first().copied() else {
-                    return Err(format!("no service is named {name:?}"));
+                    return Err(format!("no service is named {name:?}, or it has no VIP"));
                 };
                 let at = found
                     .into_iter()
@@ -325,6 +334,10 @@ impl Explanation {
             service: None,
             backends: Vec::new(),
         };
+        let kept = Self::kept(&applied, address, port);
+        if !kept.is_empty() {
+            return Ok(kept);
+        }
         let in_range = view.config.borrow().rules.vip(address).is_ok();
         Ok(vec![match in_range {
             true => {
@@ -332,6 +345,28 @@ impl Explanation {
             }
             false => unknown(Verdict::Untouched, "the address is in no VIP range"),
         }])
+    }
+
+    /// What the maps hold of an address that no registry names now: it is served until every
+    /// registry has said that it is gone.
+    fn kept(applied: &Applied, address: IpAddr, port: Option<u16>) -> Vec<Self> {
+        let at = |frontend: &Frontend| {
+            frontend.address.ip() == address && port.is_none_or(|port| port == frontend.port.get())
+        };
+        let frontends = applied.frontends.iter().filter(|(frontend, _)| at(frontend));
+        let explain = |(frontend, id): (&Frontend, &u32)| {
+            let backends = shares(applied, Some(*id));
+            let verdict = if backends.is_empty() { Verdict::Refused } else { Verdict::Translated };
+            Self {
+                target: join(address, frontend.port.get()),
+                protocol: Protocol::from_number(frontend.protocol),
+                verdict,
+                reason: "kept from before; no registry names it at the moment".into(),
+                service: None,
+                backends,
+            }
+        };
+        frontends.map(explain).collect()
     }
 
     fn translated(entry: &Entry, vip: IpAddr, applied: &Applied) -> Self {

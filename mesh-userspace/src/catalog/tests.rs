@@ -116,6 +116,20 @@ fn a_vip_that_was_given_out_is_not_taken_over() {
 }
 
 #[test]
+fn names_that_are_one_in_dns_are_one_service() {
+    let mut other = service("backend.service", 80, None, &[]);
+    other.id.namespace = "local".into();
+    let mut alias = service("b", 80, None, &[]);
+    alias.aliases = vec!["Backend".into()];
+    let catalog = build(&[&[service("backend", 80, None, &[])], &[other, alias]]);
+    assert_eq!(catalog.services.len(), 1);
+    assert!(
+        catalog.conflicts.iter().all(|conflict| conflict.contains("already belongs to service backend in"))
+    );
+    assert_eq!(catalog.conflicts.len(), 2);
+}
+
+#[test]
 fn only_the_best_health_there_is_gets_connections() {
     let weights = |healths: &[Health]| {
         let addresses = ["10.0.0.1", "10.0.0.2", "10.0.0.3"];
@@ -138,4 +152,5 @@ fn nothing_is_pruned_before_every_registry_has_delivered() {
     assert_eq!(Catalog::build(&[full.clone(), full.clone()], &mut vips).prune(), Prune::Yes);
     assert_eq!(Catalog::build(&[full.clone(), None], &mut vips).prune(), Prune::No);
     assert_eq!(Catalog::build(&[full, part], &mut vips).prune(), Prune::No);
+    assert_eq!(Catalog::build(&[], &mut vips).prune(), Prune::No);
 }

@@ -73,6 +73,7 @@ struct ProgramRow {
 }
 
 pub(super) fn programs(pins: &Pins, format: Format) -> anyhow::Result<()> {
+    pins.exist()?;
     let rows = PROGRAMS.map(|name| {
         let info = pins.link_info(name);
         let program = info.and_then(|info| program_info(info.program));
@@ -158,8 +159,5 @@ fn backends(maps: &Maps, word: ServiceWord, backends: &BTreeMap<u32, Backend>) -
 }
 
 fn protocol(number: u8) -> String {
-    [Protocol::Tcp, Protocol::Udp]
-        .into_iter()
-        .find(|protocol| protocol.number() == number)
-        .map_or_else(|| number.to_string(), |protocol| protocol.to_string())
+    Protocol::from_number(number).map_or_else(|| number.to_string(), |protocol| protocol.to_string())
 }

@@ -1,6 +1,11 @@
 //! `mesh check`: will it run here, and if not, what mends it.
 
-use std::{net::TcpListener, path::Path, process::ExitCode};
+use std::{
+    io::{self, Write},
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use rustix::{
     system::uname,
@@ -53,7 +58,12 @@ fn fail(check: &'static str, detail: impl Into<String>, hint: impl Into<String>)
     Finding { result: Level::Fail, hint: Some(hint.into()), ..ok(check, detail) }
 }
 
-pub(super) fn run(path: Option<&Path>, socket: &Path, pre: bool, format: Format) -> anyhow::Result<ExitCode> {
+pub(super) fn run(
+    path: Option<&Path>,
+    socket: Option<PathBuf>,
+    pre: bool,
+    format: Format,
+) -> anyhow::Result<ExitCode> {
     let mut findings = Vec::new();
     match config::load(path) {
         Err(error) => findings.push(fail(
@@ -65,7 +75,7 @@ pub(super) fn run(path: Option<&Path>, socket: &Path, pre: bool, format: Format)
             let name = config.path.as_ref().map_or("defaults".into(), |path| path.display().to_string());
             findings.push(ok("config", name));
             node(&config, &mut findings);
-            let running = ask_status(socket);
+            let running = ask_status(&socket.unwrap_or_else(|| config.api.socket.clone()));
             ports(&config, running.is_ok(), &mut findings);
             registries(&config, &mut findings);
             if !pre {
@@ -79,9 +89,9 @@ pub(super) fn run(path: Option<&Path>, socket: &Path, pre: bool, format: Format)
                 let hint = finding.hint.as_ref().map(|hint| format!(" ({hint})")).unwrap_or_default();
                 vec![output::word(&finding.result), finding.check.into(), format!("{}{hint}", finding.detail)]
             });
-            print!("{}", table(&[], rows));
+            io::stdout().write_all(table(&[], rows).as_bytes())?;
         }
-        Format::Json => println!("{}", serde_json::to_string_pretty(&findings)?),
+        Format::Json => writeln!(io::stdout(), "{}", serde_json::to_string_pretty(&findings)?)?,
     }
     let failed = findings.iter().any(|finding| finding.result == Level::Fail);
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })

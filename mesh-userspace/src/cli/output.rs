@@ -1,5 +1,7 @@
 //! Printing tables, JSON and YAML.
 
+use std::io::{self, Write};
+
 use comfy_table::{Table, presets};
 use serde::Serialize;
 
@@ -36,12 +38,17 @@ pub(super) fn print<T: Serialize>(
     value: &T,
     table: impl FnOnce(&T) -> String,
 ) -> anyhow::Result<()> {
-    match format {
-        Format::Table => print!("{}", table(value)),
-        Format::Json => println!("{}", serde_json::to_string_pretty(value)?),
-        Format::Yaml => print!("{}", serde_saphyr::to_string(value)?),
-    }
-    Ok(())
+    let text = match format {
+        Format::Table => table(value),
+        Format::Json => {
+            serde_json::to_string_pretty(value)?
+                + "
+"
+        }
+        Format::Yaml => serde_saphyr::to_string(value)?,
+    };
+    // A reader that has seen enough closes its end: an error for the caller, not a panic.
+    Ok(io::stdout().write_all(text.as_bytes())?)
 }
 
 /// Columns separated by blanks, as other command lines of this kind print them.

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use serde::{Serialize, de::DeserializeOwned};
 
 use super::{
@@ -38,10 +38,11 @@ pub(super) async fn status(
     wait: Option<Duration>,
     format: Format,
 ) -> anyhow::Result<ExitCode> {
-    let deadline = Instant::now() + wait.unwrap_or_default();
+    let start = Instant::now();
+    let wait_for = wait.unwrap_or_default();
     let status: Status = loop {
         let answer = client::get::<Status>(socket, "/v1/status").await;
-        let left = deadline.saturating_duration_since(Instant::now());
+        let left = wait_for.saturating_sub(start.elapsed());
         match answer {
             Ok(status) if status.ready || left.is_zero() => break status,
             Err(error) if left.is_zero() => return Err(error),
@@ -91,7 +92,7 @@ fn status_text(status: &Status, detail: Detail) -> String {
 }
 
 pub(super) async fn services(socket: &Path, name: Option<&str>, args: &ListArgs) -> anyhow::Result<ExitCode> {
-    let text = |services: &Vec<Service>, wide: bool| {
+    let text = |services: &[Service], wide: bool| {
         let rows = services.iter().map(|service| {
             let mut row = vec![
                 service.name.clone(),
@@ -116,21 +117,21 @@ pub(super) async fn services(socket: &Path, name: Option<&str>, args: &ListArgs)
         table(if args.no_headers { &[] } else { &headers }, rows)
     };
     let Some(name) = name else {
-        return follow(socket, "/v1/services", args, text).await;
+        return follow(socket, "/v1/services", args, Ok, |all: &Vec<Service>, wide| text(all, wide)).await;
     };
-    let mut all: Vec<Service> = client::get(socket, "/v1/services").await?;
+    let select = |all: Vec<Service>| one_named(all, name);
+    let text = |service: &Service, wide| text(std::slice::from_ref(service), wide);
+    follow(socket, "/v1/services", args, select, text).await
+}
+
+/// The one service that `name` stands for.
+fn one_named(mut all: Vec<Service>, name: &str) -> anyhow::Result<Service> {
     all.retain(|service| names(service).iter().any(|known| known == name));
-    match all.len() {
-        0 => bail!("no service is named {name:?}"),
-        1 => {}
-        _ => {
-            let exact: Vec<_> = all.iter().map(|service| names(service).pop().unwrap_or_default()).collect();
-            bail!("{name:?} stands for several services: {}", exact.join(", "));
-        }
+    if all.len() > 1 {
+        let exact: Vec<_> = all.iter().map(|service| names(service).pop().unwrap_or_default()).collect();
+        bail!("{name:?} stands for several services: {}", exact.join(", "));
     }
-    let (format, wide) = args.output.split();
-    print(format, &all[0], |_| text(&all, wide))?;
-    Ok(ExitCode::SUCCESS)
+    all.pop().with_context(|| format!("no service is named {name:?}"))
 }
 
 /// What a service can be called on the command line, the most exact last.
@@ -146,7 +147,7 @@ fn names(service: &Service) -> Vec<String> {
 }
 
 pub(super) async fn backends(socket: &Path, args: &ListArgs) -> anyhow::Result<ExitCode> {
-    follow(socket, "/v1/backends", args, |backends: &Vec<Backend>, wide| {
+    follow(socket, "/v1/backends", args, Ok, |backends: &Vec<Backend>, wide| {
         let rows = backends.iter().map(|backend| {
             let mut row = vec![
                 or_dash(backend.id),
@@ -190,20 +191,22 @@ pub(super) async fn registries(socket: &Path, args: &ListArgs) -> anyhow::Result
     Ok(ExitCode::SUCCESS)
 }
 
-/// Prints what the daemon answers; with `--watch` again and again, when it changed.
-async fn follow<T>(
+/// Prints what is selected of the daemon's answer; with `--watch` again whenever it changed.
+async fn follow<T, S>(
     socket: &Path,
     path: &str,
     args: &ListArgs,
-    text: impl Fn(&T, bool) -> String,
+    select: impl Fn(T) -> anyhow::Result<S>,
+    text: impl Fn(&S, bool) -> String,
 ) -> anyhow::Result<ExitCode>
 where
-    T: Serialize + DeserializeOwned,
+    T: DeserializeOwned,
+    S: Serialize,
 {
     let (format, wide) = args.output.split();
     let mut shown = None;
     loop {
-        let value: T = client::get(socket, path).await?;
+        let value = select(client::get(socket, path).await?)?;
         let new = serde_json::to_value(&value)?;
         if shown.as_ref() != Some(&new) {
             print(format, &value, |value| text(value, wide))?;

@@ -12,10 +12,9 @@ use std::{
     path::Path,
     ptr::{self, NonNull},
     sync::atomic::{AtomicU64, Ordering},
-    time::Duration,
 };
 
-use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info};
+use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type};
 
 /// An array map of words, mapped into memory: a store is one plain atomic store.
 #[derive(Debug)]
@@ -66,22 +65,46 @@ impl Drop for Words {
     }
 }
 
-/// Waits until every program run that began before the call has ended: the kernel implements
-/// this barrier as `synchronize_rcu()`, and BPF programs of cgroup hooks run under RCU.
+/// Waits for readers: a map of maps of our own, in which an entry is replaced.
 ///
-/// Kernels with `nohz_full` CPUs refuse the barrier; there a second has to do, in which no
-/// program of this kind is still running.
-pub fn wait_for_readers() -> io::Result<()> {
-    // SAFETY: takes no pointers.
-    match unsafe { libc::syscall(libc::SYS_membarrier, libc::MEMBARRIER_CMD_GLOBAL, 0, 0) } {
-        0 => return Ok(()),
-        _ => match io::Error::last_os_error() {
-            error if error.raw_os_error() == Some(libc::EINVAL) => {}
-            error => return Err(error),
-        },
+/// The kernel returns from an update of such a map only when every program run that began before
+/// has ended (`maybe_wait_bpf_programs()` in kernel/bpf/syscall.c, since Linux 4.20), whatever
+/// the number of CPUs. `membarrier(2)` does not: with one CPU online it does nothing.
+#[derive(Debug)]
+pub struct Grace {
+    outer: OwnedFd,
+    inner: OwnedFd,
+}
+
+impl Grace {
+    pub fn new() -> io::Result<Self> {
+        let inner = create_array(bpf_map_type::BPF_MAP_TYPE_ARRAY, None)?;
+        let outer = create_array(bpf_map_type::BPF_MAP_TYPE_ARRAY_OF_MAPS, Some(inner.as_fd()))?;
+        Ok(Self { outer, inner })
     }
-    std::thread::sleep(Duration::from_secs(1));
-    Ok(())
+
+    /// Returns when every program run that began before the call has ended.
+    pub fn wait(&self) -> io::Result<()> {
+        let (key, value) = (0u32, raw(self.inner.as_fd()));
+        let mut attr = zeroed();
+        attr.__bindgen_anon_2.map_fd = raw(self.outer.as_fd());
+        attr.__bindgen_anon_2.key = ptr::from_ref(&key).addr() as u64;
+        attr.__bindgen_anon_2.__bindgen_anon_1.value = ptr::from_ref(&value).addr() as u64;
+        bpf(bpf_cmd::BPF_MAP_UPDATE_ELEM, &mut attr).map(drop)
+    }
+}
+
+/// An array map with one entry of four bytes.
+fn create_array(kind: bpf_map_type, inner: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
+    let mut attr = zeroed();
+    attr.__bindgen_anon_1.map_type = kind as u32;
+    attr.__bindgen_anon_1.key_size = 4;
+    attr.__bindgen_anon_1.value_size = 4;
+    attr.__bindgen_anon_1.max_entries = 1;
+    attr.__bindgen_anon_1.inner_map_fd = inner.map_or(0, raw);
+    let fd = bpf(bpf_cmd::BPF_MAP_CREATE, &mut attr)?;
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// What the kernel says of a link between a program and a cgroup.

@@ -24,8 +24,6 @@ pub struct Sizes {
 pub struct Applied {
     pub frontends: BTreeMap<Frontend, u32>,
     pub services: BTreeMap<u32, Service>,
-    /// Backends left by an interrupted change: no service has them.
-    pub strays: BTreeSet<u32>,
     pub alloc: Alloc,
     /// Which service a backend belongs to.
     owners: BTreeMap<u32, (u32, Endpoint)>,
@@ -70,7 +68,6 @@ impl Applied {
         Self {
             frontends: BTreeMap::new(),
             services: BTreeMap::new(),
-            strays: BTreeSet::new(),
             alloc: Alloc {
                 services: Ids::new(service_entries, services),
                 backends: Ids::new(sizes.backends, backends),
@@ -83,16 +80,18 @@ impl Applied {
         }
     }
 
-    /// Rebuilds the mirror from the maps; `slots` reads a service's range. Also returns the
-    /// frontends that point at no sound service: the caller deletes them.
+    /// Rebuilds the mirror from the maps; `slots` reads a service's range. Also returns the writes
+    /// that remove what no sound service has. They come before anything else is planned: an id
+    /// that is used again must not have left anything behind.
     pub fn restore(
         sizes: Sizes,
         dump: &Dump,
         slots: impl Fn(ServiceWord) -> Vec<SlotWord>,
-    ) -> (Self, Vec<Frontend>) {
+    ) -> (Self, Vec<Op>) {
         let used = dump.frontends.values().copied().collect();
         let mut applied = Self::with_used(sizes, &used, &dump.backends.keys().copied().collect());
-        let mut unsound = Vec::new();
+        let mut repairs = Vec::new();
+        let mut strays = Vec::new();
         for (&frontend, &id) in &dump.frontends {
             let word = dump.services.get(&id).copied().unwrap_or_default();
             let sound = word.exists() && !applied.services.contains_key(&id);
@@ -101,7 +100,7 @@ impl Applied {
                 applied.services.insert(id, service);
                 applied.frontends.insert(frontend, id);
             } else {
-                unsound.push(frontend);
+                repairs.push(Op::DeleteFrontend { frontend });
             }
         }
         for (&id, backend) in &dump.backends {
@@ -110,10 +109,13 @@ impl Applied {
             applied.owners.insert(id, (backend.service, endpoint));
             let owner = applied.services.get_mut(&backend.service);
             if owner.is_none_or(|service| service.backends.entry(endpoint).or_insert(known).id != id) {
-                applied.strays.insert(id);
+                strays.push(Op::DeleteBackend { id });
             }
         }
-        (applied, unsound)
+        // Whatever was being replaced when the writing stopped is no longer read after this.
+        repairs.push(Op::Grace);
+        repairs.append(&mut strays);
+        (applied, repairs)
     }
 
     /// The id of a frontend's backend.
@@ -148,7 +150,6 @@ impl Applied {
             Op::PutService { id, .. } => {
                 if let Some(service) = self.services.remove(id) {
                     self.retired_slots.push((service.base, index(service.words.len())));
-                    self.strays.extend(service.backends.values().map(|backend| backend.id));
                     self.retired_services.push(*id);
                 }
             }
@@ -159,7 +160,6 @@ impl Applied {
                 self.frontends.remove(frontend);
             }
             Op::DeleteBackend { id } => {
-                self.strays.remove(id);
                 if let Some((service, endpoint)) = self.owners.remove(id)
                     && let Some(service) = self.services.get_mut(&service)
                     && service.backends.get(&endpoint).is_some_and(|backend| backend.id == *id)

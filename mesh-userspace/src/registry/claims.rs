@@ -8,15 +8,15 @@ use std::{
 
 use crate::model::{Protocol, Service, ServiceId};
 
-/// The identities, frontends, VIPs and aliases taken so far; the first owner wins.
+/// The identities, frontends, VIPs and names taken so far; the first owner wins.
 #[derive(Clone, Debug, Default)]
 pub struct Claims {
     services: HashSet<ServiceId>,
     frontends: HashMap<(IpAddr, NonZeroU16, Protocol), ServiceId>,
     /// (namespace, name, is IPv4) → VIP.
     vips: HashMap<(String, String, bool), IpAddr>,
-    /// (namespace, alias) → name.
-    aliases: HashMap<(String, String), String>,
+    /// Full name, in lower case → the (namespace, name) it stands for.
+    names: HashMap<String, (String, String)>,
 }
 
 impl Claims {
@@ -26,10 +26,15 @@ impl Claims {
         if self.services.contains(id) {
             return Err("the service is defined twice".into());
         }
-        for alias in &service.aliases {
-            let owner = self.aliases.get(&(id.namespace.clone(), alias.clone()));
-            if let Some(owner) = owner.filter(|owner| **owner != id.name) {
-                return Err(format!("alias {alias:?} already belongs to service {owner}"));
+        let owner = (id.namespace.clone(), id.name.clone());
+        // Two names that are one in DNS would share a VIP, which is derived from the full name.
+        let names = std::iter::once(&id.name).chain(&service.aliases);
+        let names: Vec<_> = names.map(|name| format!("{name}.{}", id.namespace).to_lowercase()).collect();
+        for name in &names {
+            if let Some((namespace, other)) = self.names.get(name).filter(|known| **known != owner) {
+                return Err(format!(
+                    "the name {name} already belongs to service {other} in namespace {namespace}"
+                ));
             }
         }
         if let Some(vip) = service.vip {
@@ -46,9 +51,7 @@ impl Claims {
             self.vips.insert(name, vip);
             self.frontends.insert((vip, id.port, id.protocol), id.clone());
         }
-        for alias in &service.aliases {
-            self.aliases.insert((id.namespace.clone(), alias.clone()), id.name.clone());
-        }
+        self.names.extend(names.into_iter().map(|name| (name, owner.clone())));
         self.services.insert(id.clone());
         Ok(())
     }

@@ -4,7 +4,7 @@
 //! neither an empty file nor a missing folder takes away what works.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     ffi::OsString,
     fs, io,
     os::unix::fs::MetadataExt,
@@ -13,13 +13,13 @@ use std::{
 };
 
 use notify::RecommendedWatcher;
-use tokio::{
-    sync::{mpsc, watch::Receiver},
-    time::MissedTickBehavior,
-};
+use tokio::{sync::watch::Receiver, time::MissedTickBehavior};
 
 use super::{Claims, Publisher, Rules, Snapshot};
-use crate::{model::Service, watch};
+use crate::{
+    model::Service,
+    watch::{self, Changes},
+};
 
 mod format;
 
@@ -32,34 +32,45 @@ pub const MAX_FILE: u64 = 32 << 20;
 /// systems, a folder that comes back) is noticed by then.
 const POLL: Duration = Duration::from_secs(1);
 
-/// Publishes the content of `path` for as long as it runs. `reload` asks for a fresh read.
-pub async fn run(path: PathBuf, rules: Rules, publisher: Publisher, mut reload: Receiver<u64>) {
-    let (tell, mut told) = mpsc::channel(1);
-    let mut source = Source::new(path, rules);
+/// Publishes the content of a source for as long as it runs. `reload` asks for a fresh read.
+pub async fn run(mut source: Source, publisher: Publisher, mut reload: Receiver<u64>) {
+    let changes = Changes::default();
     let mut watcher: Option<(RecommendedWatcher, (u64, u64))> = None;
     let mut poll = tokio::time::interval(POLL);
     poll.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    let mut which = Which::All;
     loop {
-        let changed = tokio::select! {
-            _ = poll.tick() => false,
-            Some(()) = told.recv() => true,
-            Ok(()) = reload.changed() => true,
-        };
         // The watch first, then the read: a change between the two is seen by one of them.
         // A folder that was removed and made again is another one.
         let (dir, only) = source.watched();
         let inode = fs::metadata(&dir).ok().map(|meta| (meta.dev(), meta.ino()));
         if watcher.as_ref().map(|(_, inode)| *inode) != inode {
-            watcher = inode.and_then(|inode| Some((watch::folder(&dir, only, tell.clone())?, inode)));
+            watcher = inode.and_then(|inode| Some((watch::folder(&dir, only, changes.clone())?, inode)));
         }
         let read = tokio::task::spawn_blocking(move || {
-            let news = source.read(changed);
+            let news = source.read(&which);
             (source, news)
         });
         let news;
         (source, news) = read.await.expect("reading files does not panic");
         publisher.synced(news.snapshot, news.error.map(|error| error.to_string()));
+        which = tokio::select! {
+            _ = poll.tick() => Which::Settled,
+            names = changes.wait() => Which::Named(names),
+            Ok(()) = reload.changed() => Which::All,
+        };
     }
+}
+
+/// The files to read.
+#[derive(Debug)]
+enum Which {
+    All,
+    /// These were completely written, moved or removed.
+    Named(HashSet<OsString>),
+    /// Those that changed and then stayed as they are for a whole period: nobody said that they
+    /// are complete, so a write may be under way.
+    Settled,
 }
 
 /// What tells one content of a file from another without reading it.
@@ -75,6 +86,9 @@ impl Signature {
 
 #[derive(Debug, Default)]
 struct Entry {
+    /// What was read last.
+    read: Option<Signature>,
+    /// What was there when it was last looked at.
     seen: Option<Signature>,
     /// The last good content.
     services: Option<Vec<Service>>,
@@ -90,17 +104,21 @@ struct News {
     error: Option<FileError>,
 }
 
+/// A services file, or a folder of them.
 #[derive(Debug)]
-struct Source {
+pub struct Source {
     path: PathBuf,
     rules: Rules,
     files: BTreeMap<PathBuf, Entry>,
     published: Option<Snapshot>,
+    /// Whether an earlier source of the same path has published: then less than everything is not
+    /// news, but a loss.
+    succeeds: bool,
 }
 
 impl Source {
-    fn new(path: PathBuf, rules: Rules) -> Self {
-        Self { path, rules, files: BTreeMap::new(), published: None }
+    pub fn new(path: PathBuf, rules: Rules, succeeds: bool) -> Self {
+        Self { path, rules, files: BTreeMap::new(), published: None, succeeds }
     }
 
     /// The folder whose changes matter, and the one name in it if this is about one file.
@@ -112,14 +130,13 @@ impl Source {
         (parent.unwrap_or(Path::new(".")).into(), self.path.file_name().map(ToOwned::to_owned))
     }
 
-    /// Reads what changed; everything if `all`.
-    fn read(&mut self, all: bool) -> News {
+    fn read(&mut self, which: &Which) -> News {
         let paths = match list(&self.path) {
             Ok(paths) => paths,
             Err(error) => return News { snapshot: None, error: Some(error) },
         };
         let had_services = self.published.as_ref().is_some_and(|snapshot| !snapshot.services.is_empty());
-        if paths.is_empty() && had_services {
+        if paths.is_empty() && (had_services || self.succeeds) {
             let error = FileError::new(
                 &self.path,
                 "the folder holds no services file any more; what it held is kept",
@@ -130,9 +147,15 @@ impl Source {
         for path in paths {
             let entry = self.files.entry(path.clone()).or_default();
             let signature = Signature::of(&path).ok();
-            if all || signature.is_none() || entry.seen != signature {
-                entry.seen = signature;
-                entry.read(&path, &self.rules);
+            let due = match which {
+                Which::All => true,
+                Which::Named(names) => path.file_name().is_some_and(|name| names.contains(name)),
+                Which::Settled => entry.read != signature && entry.seen == signature,
+            };
+            entry.seen = signature;
+            if due {
+                entry.read(&path, &self.rules, self.succeeds);
+                entry.read = signature;
             }
         }
         self.merge()
@@ -162,6 +185,10 @@ impl Source {
         if nothing && error.is_some() {
             return News { snapshot: None, error };
         }
+        if self.succeeds && !snapshot.complete {
+            return News { snapshot: None, error };
+        }
+        self.succeeds = false;
         let changed = self.published.as_ref() != Some(&snapshot);
         self.published = Some(snapshot.clone());
         News { snapshot: changed.then_some(snapshot), error }
@@ -169,12 +196,14 @@ impl Source {
 }
 
 impl Entry {
-    fn read(&mut self, path: &Path, rules: &Rules) {
+    /// Takes what the file says. An empty file is taken for an accident where `keep` says that
+    /// there was something, or where it is known here.
+    fn read(&mut self, path: &Path, rules: &Rules, keep: bool) {
         let parsed = read_limited(path).and_then(|text| format::parse(path, &text, rules));
         self.error = None;
         match parsed {
             Ok(Some(services)) => (self.services, self.complete) = (Some(services), true),
-            Ok(None) if self.services.as_ref().is_none_or(Vec::is_empty) => {
+            Ok(None) if !keep && self.services.as_ref().is_none_or(Vec::is_empty) => {
                 // Nothing to keep; an empty file still does not say that nothing exists.
                 self.services = Some(Vec::new());
                 tracing::warn!("{}: the file is empty", path.display());
@@ -190,8 +219,8 @@ impl Entry {
 
 /// Reads a services file and checks it; for `mesh config validate` and `mesh check`.
 pub fn validate(path: &Path, rules: &Rules) -> Result<usize, FileError> {
-    let mut source = Source::new(path.to_path_buf(), rules.clone());
-    let news = source.read(true);
+    let mut source = Source::new(path.to_path_buf(), rules.clone(), false);
+    let news = source.read(&Which::All);
     match news.error {
         Some(error) => Err(error),
         None => Ok(news.snapshot.unwrap_or_default().services.len()),

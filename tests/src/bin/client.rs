@@ -1,7 +1,7 @@
 //! A raw TCP client for the load tests: `client ADDRESS THREADS CONNECTS`.
 //!
 //! Dials as often as asked, shared among the threads, and prints for each connect when it
-//! began (nanoseconds, CLOCK_MONOTONIC) and who answered, or the error.
+//! began and ended (nanoseconds, CLOCK_MONOTONIC) and who answered, or the error.
 
 use std::{
     env,
@@ -22,15 +22,17 @@ fn main() {
     let dial = move || (0..connects / threads).map(|_| call(address)).collect::<Vec<_>>();
     let workers: Vec<_> = (0..threads).map(|_| thread::spawn(dial)).collect();
     let mut text = String::new();
-    for (start, answer) in workers.into_iter().flat_map(|worker| worker.join().expect("no panic")) {
-        text += &format!("{start} {answer}\n");
+    for (start, end, answer) in workers.into_iter().flat_map(|worker| worker.join().expect("no panic")) {
+        text += &format!("{start} {end} {answer}\n");
     }
     print!("{text}");
 }
 
-fn call(address: SocketAddr) -> (u64, String) {
+fn call(address: SocketAddr) -> (u64, u64, String) {
     let start = mesh_tests::now();
-    let answer = TcpStream::connect_timeout(&address, Duration::from_secs(5)).and_then(|mut stream| {
+    let stream = TcpStream::connect_timeout(&address, Duration::from_secs(5));
+    let end = mesh_tests::now();
+    let answer = stream.and_then(|mut stream| {
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
         if stream.peer_addr()? != address {
             return Ok("wrong-peer".into());
@@ -39,5 +41,5 @@ fn call(address: SocketAddr) -> (u64, String) {
         stream.read_to_string(&mut name)?;
         Ok(name)
     });
-    (start, answer.unwrap_or_else(|error| format!("{:?}", error.kind())))
+    (start, end, answer.unwrap_or_else(|error| format!("{:?}", error.kind())))
 }

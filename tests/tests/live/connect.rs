@@ -229,11 +229,19 @@ fn a_weight_of_zero_gets_nothing_and_double_weight_twice_as_much() {
     let instances =
         [("127.0.0.1", one.port(), 100), ("127.0.0.1", two.port(), 200), ("127.0.0.1", zero.port(), 0)];
     let mesh = Mesh::start(&weighted_service("echo", 80, VIP, &instances));
-    let shares = mesh.lb()[0]["backends"].clone();
-    let shares: Vec<f64> =
-        shares.as_array().unwrap().iter().map(|share| share["share"].as_f64().unwrap()).collect();
-    assert_eq!(shares.len(), 2);
-    for expected in [1.0 / 3.0, 2.0 / 3.0] {
-        assert!(shares.iter().any(|share| (share - expected).abs() < 1e-4), "{shares:?}");
+    let lb = mesh.lb();
+    let shares = lb[0]["backends"].as_array().unwrap();
+    let share = |server: &Server| {
+        let of = shares.iter().find(|share| share["port"] == server.port());
+        of.map_or(0.0, |share| share["share"].as_f64().unwrap())
+    };
+    for (server, expected) in [(one, 1.0 / 3.0), (two, 2.0 / 3.0), (zero, 0.0)] {
+        assert!((share(server) - expected).abs() < 1e-4, "{lb}");
     }
+    mesh.python(&format!(
+        "import socket\nfor _ in range(300): socket.create_connection(('{VIP}', 80), 5).recv(9)"
+    ));
+    assert_eq!((one.hits() + two.hits(), zero.hits()), (300, 0));
+    // 200 expected of "two", and 6 sigma are 49.
+    assert!((151..=249).contains(&two.hits()), "{} and {}", one.hits(), two.hits());
 }

@@ -170,6 +170,55 @@ fn a_lost_map_pin_is_made_good_at_the_next_start() {
 }
 
 #[test]
+fn a_start_that_fails_does_not_swap_in_programs_that_know_nothing() {
+    let server = Server::start("echo");
+    let mut mesh = Mesh::start(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
+    mesh.kill();
+    // The maps must be made anew, but their content cannot be had: twice in a row.
+    fs::remove_file(mesh.pin_dir.join("abi-1/SLOTS")).unwrap();
+    mesh.write("[[service]]\nname = ");
+    for _ in 0..2 {
+        mesh.launch();
+        wait_until("the API answers", || mesh.mesh(&["status"]).output().unwrap().status.success());
+        std::thread::sleep(std::time::Duration::from_millis(1500));
+        assert_eq!(dial(&mesh), "echo");
+        mesh.kill();
+    }
+    mesh.write(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
+    mesh.launch();
+    mesh.ready();
+    assert_eq!(dial(&mesh), "echo");
+}
+
+#[test]
+fn a_configuration_without_registries_removes_nothing() {
+    let server = Server::start("echo");
+    let mut mesh = Mesh::start(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
+    let config = fs::read_to_string(&mesh.config).unwrap();
+    fs::write(&mesh.config, "").unwrap();
+    mesh.hang_up();
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    assert_eq!(dial(&mesh), "echo");
+    assert_eq!(mesh.json(&["explain", &format!("{VIP}:80")])[0]["verdict"], "translated");
+    mesh.kill();
+    fs::write(&mesh.config, config.split("[[registry]]").next().unwrap()).unwrap();
+    mesh.launch();
+    mesh.ready();
+    assert_eq!(dial(&mesh), "echo");
+    fs::write(&mesh.config, config).unwrap();
+}
+
+#[test]
+fn a_lost_link_is_made_good_within_seconds() {
+    let server = Server::start("echo");
+    let mesh = Mesh::start(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
+    fs::remove_file(mesh.pin_dir.join("link/mesh_connect4")).unwrap();
+    assert_eq!(dial(&mesh), "ECONNREFUSED", "the test took the program away");
+    wait_until("it is back", || dial(&mesh) == "echo");
+    mesh.ready();
+}
+
+#[test]
 fn vips_are_kept_over_restarts() {
     let mut mesh = Mesh::start(&(service("a", 80, "", &[]) + &service("b", 80, "", &[])));
     let before = mesh.json(&["service", "list"]);

@@ -151,6 +151,9 @@ enum CheckType {
     Http,
 }
 
+#[expect(clippy::cast_possible_truncation, reason = "32 MiB")]
+const MAX_NODES: usize = super::MAX_FILE as usize;
+
 /// A value with the line it starts on.
 struct Located<T> {
     line: u64,
@@ -199,7 +202,6 @@ impl<'a> Lines<'a> {
 }
 
 type Toml<T> = toml::Spanned<T>;
-type Yaml<T> = serde_saphyr::Spanned<T>;
 type Record = Located<RawService<Located<RawInstance>>>;
 
 /// The services of a file; `None` if it has no list of services at all.
@@ -244,7 +246,15 @@ pub(super) fn parse(path: &Path, text: &str, rules: &Rules) -> Result<Option<Vec
 }
 
 fn yaml(path: &Path, text: &str) -> Result<Option<Vec<Record>>, FileError> {
-    let document = serde_saphyr::from_str::<Document<Yaml<RawService<Yaml<RawInstance>>>>>(text);
+    // As much as the largest file can hold; depth and aliases stay limited as they are.
+    let options = serde_saphyr::options! {
+        budget: serde_saphyr::budget! {
+            max_events: MAX_NODES, max_nodes: MAX_NODES, max_total_scalar_bytes: MAX_NODES,
+        },
+    };
+    type Yaml<T> = serde_saphyr::Spanned<T>;
+    let document =
+        serde_saphyr::from_str_with_options::<Document<Yaml<RawService<Yaml<RawInstance>>>>>(text, options);
     match document {
         Ok(document) => Ok(records(document, &mut Lines::new(text))),
         Err(error) => {
@@ -301,11 +311,13 @@ impl Checked {
         let Located { line, value: raw } = record;
         let id =
             ServiceId { namespace: raw.namespace, name: raw.name, protocol: raw.protocol, port: raw.port };
+        // Unchecked names are hostile: shown quoted and escaped until they are known to be names.
+        let quoted = |what: String| (line, format!("service {:?}: {what}", id.name));
+        rules::dns_name("name", &id.name).map_err(quoted)?;
+        rules::dns_name("namespace", &id.namespace).map_err(quoted)?;
         let label = id.to_string();
         let problem = |message: String| (line, format!("service {label}: {message}"));
 
-        rules::dns_name("name", &id.name).map_err(problem)?;
-        rules::dns_name("namespace", &id.namespace).map_err(problem)?;
         if let Some(vip) = raw.vip {
             rules.vip(vip).map_err(problem)?;
         }
@@ -349,6 +361,9 @@ fn instances(
             |message: String| (line, format!("service {service}: instance {:?}: {message}", raw.id));
         rules::instance_id(&raw.id).map_err(problem)?;
         rules.backend(raw.address).map_err(problem)?;
+        if let Some(zone) = &raw.zone {
+            rules::dns_name("zone", zone).map_err(problem)?;
+        }
         let address = raw.address.to_canonical();
         if !ids.insert(raw.id.clone()) {
             return Err(problem("the id is used twice".into()));

@@ -17,13 +17,13 @@ port = 8080
 fn source(dir: &TempDir, file: &str, text: &str) -> Source {
     let path = dir.path().join(file);
     fs::write(&path, text).unwrap();
-    Source::new(path, rules::for_tests())
+    Source::new(path, rules::for_tests(), false)
 }
 
 /// Reads `text` as a file of that name; the error's text, without the folder.
 fn refusal(file: &str, text: &str) -> String {
     let dir = TempDir::new().unwrap();
-    let news = source(&dir, file, text).read(true);
+    let news = source(&dir, file, text).read(&Which::All);
     assert_eq!(news.snapshot, None, "{text}");
     let error = news.error.unwrap_or_else(|| panic!("taken: {text}")).to_string();
     error.replace(&format!("{}/", dir.path().display()), "")
@@ -35,10 +35,10 @@ fn the_three_formats_say_the_same() {
     let yaml = "service:\n- name: a\n  namespace: service.local\n  port: 80\n  instance:\n  - {id: a-1, address: 10.0.0.1, port: 8080}\n";
     let json = r#"{"service": [{"name": "a", "namespace": "service.local", "port": 80,
         "instance": [{"id": "a-1", "address": "10.0.0.1", "port": 8080}]}]}"#;
-    let toml = source(&dir, "s.toml", GOOD).read(true).snapshot.unwrap();
+    let toml = source(&dir, "s.toml", GOOD).read(&Which::All).snapshot.unwrap();
     assert_eq!(toml.services.len(), 1);
-    assert_eq!(source(&dir, "s.yaml", yaml).read(true).snapshot.unwrap(), toml);
-    assert_eq!(source(&dir, "s.json", json).read(true).snapshot.unwrap(), toml);
+    assert_eq!(source(&dir, "s.yaml", yaml).read(&Which::All).snapshot.unwrap(), toml);
+    assert_eq!(source(&dir, "s.json", json).read(&Which::All).snapshot.unwrap(), toml);
 }
 
 #[test]
@@ -67,7 +67,7 @@ weight  = 100
 zone    = "use1-az1"
 health  = "draining"
 "#;
-    let news = source(&dir, "s.toml", text).read(true);
+    let news = source(&dir, "s.toml", text).read(&Which::All);
     assert_eq!(news.error, None);
     let service = &news.snapshot.unwrap().services[0];
     assert_eq!(service.id.to_string(), "backend.service.local:8080/udp");
@@ -128,7 +128,7 @@ fn bad_input_is_named_with_file_and_line() {
         (
             "s.toml",
             GOOD.replace("\"a\"", "\"a b\""),
-            "s.toml:2: service a b.service.local:80/tcp: name \"a b\" is not a DNS name",
+            "s.toml:2: service \"a b\": name \"a b\" is not a DNS name",
         ),
         ("s.conf", GOOD.to_owned(), "s.conf: the file's name must end in"),
     ];
@@ -149,13 +149,13 @@ fn a_file_over_the_limit_is_refused() {
 fn a_bad_file_keeps_what_it_held() {
     let dir = TempDir::new().unwrap();
     let mut source = source(&dir, "s.toml", GOOD);
-    assert!(source.read(true).snapshot.is_some());
+    assert!(source.read(&Which::All).snapshot.is_some());
     fs::write(dir.path().join("s.toml"), "[[service]]\nname = ").unwrap();
-    let news = source.read(true);
+    let news = source.read(&Which::All);
     assert_eq!(news.snapshot, None);
     assert_eq!(news.error.unwrap().line, Some(2));
     fs::write(dir.path().join("s.toml"), GOOD).unwrap();
-    let news = source.read(true);
+    let news = source.read(&Which::All);
     assert_eq!((news.snapshot, news.error), (None, None), "nothing changed");
 }
 
@@ -164,19 +164,19 @@ fn emptiness_by_accident_removes_nothing_but_an_empty_list_does() {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("s.toml");
     let mut source = source(&dir, "s.toml", GOOD);
-    assert!(source.read(true).snapshot.is_some());
+    assert!(source.read(&Which::All).snapshot.is_some());
     for empty in ["", " \n", "# nothing\n"] {
         fs::write(&path, empty).unwrap();
-        let news = source.read(true);
+        let news = source.read(&Which::All);
         assert_eq!(news.snapshot, None, "{empty:?}");
         assert!(news.error.unwrap().message.contains("what it held is kept"));
     }
     fs::remove_file(&path).unwrap();
-    let news = source.read(true);
+    let news = source.read(&Which::All);
     assert!(news.snapshot.is_none() && news.error.is_some());
 
     fs::write(&path, "service = []").unwrap();
-    let news = source.read(true);
+    let news = source.read(&Which::All);
     assert_eq!(news.error, None);
     assert_eq!(news.snapshot, Some(Snapshot { services: vec![], complete: true }));
 }
@@ -184,7 +184,7 @@ fn emptiness_by_accident_removes_nothing_but_an_empty_list_does() {
 #[test]
 fn an_empty_file_at_start_serves_nothing_and_prunes_nothing() {
     let dir = TempDir::new().unwrap();
-    let news = source(&dir, "s.toml", "").read(true);
+    let news = source(&dir, "s.toml", "").read(&Which::All);
     assert_eq!(news.error, None);
     assert_eq!(news.snapshot, Some(Snapshot { services: vec![], complete: false }));
 }
@@ -198,29 +198,76 @@ fn a_folder_is_the_sum_of_its_files() {
     fs::write(folder.join("b.toml"), GOOD.replace("\"a\"", "\"b\"")).unwrap();
     fs::write(folder.join("notes.txt"), "not ours").unwrap();
     fs::write(folder.join(".hidden.toml"), "not ours").unwrap();
-    let mut source = Source::new(folder.clone(), rules::for_tests());
-    let news = source.read(true);
+    let mut source = Source::new(folder.clone(), rules::for_tests(), false);
+    let news = source.read(&Which::All);
     assert_eq!(news.error, None);
     assert_eq!(news.snapshot.unwrap().services.len(), 2);
 
     // A bad file spoils only itself, a repeated service only the later file.
     fs::write(folder.join("c.toml"), "[").unwrap();
     fs::write(folder.join("d.toml"), GOOD).unwrap();
-    let news = source.read(true);
+    let news = source.read(&Which::All);
     let snapshot = news.snapshot.unwrap();
     assert_eq!((snapshot.services.len(), snapshot.complete), (2, false));
     assert!(news.error.unwrap().path.ends_with("c.toml"));
     fs::remove_file(folder.join("c.toml")).unwrap();
-    let error = source.read(true).error.unwrap();
+    let error = source.read(&Which::All).error.unwrap();
     assert!(error.path.ends_with("d.toml") && error.message.contains("defined twice"), "{error}");
 
     // A file that goes takes its services along; a folder that goes does not.
     fs::remove_file(folder.join("d.toml")).unwrap();
     fs::remove_file(folder.join("b.toml")).unwrap();
-    assert_eq!(source.read(true).snapshot.unwrap().services.len(), 1);
+    assert_eq!(source.read(&Which::All).snapshot.unwrap().services.len(), 1);
     fs::remove_file(folder.join("a.toml")).unwrap();
-    assert!(source.read(true).error.unwrap().message.contains("kept"));
+    assert!(source.read(&Which::All).error.unwrap().message.contains("kept"));
     fs::remove_dir_all(&folder).unwrap();
-    let news = source.read(true);
+    let news = source.read(&Which::All);
     assert!(news.snapshot.is_none() && news.error.is_some());
+}
+
+#[test]
+fn a_write_in_progress_is_not_read_unless_it_settles() {
+    let dir = TempDir::new().unwrap();
+    let mut source = source(&dir, "s.toml", GOOD);
+    assert!(source.read(&Which::All).snapshot.is_some());
+    let path = dir.path().join("s.toml");
+    let more = GOOD.replace("\"a\"", "\"b\"");
+    fs::write(&path, format!("{GOOD}{more}")).unwrap();
+    // Nobody said that it is complete: one look is not enough, two that agree are.
+    assert!(source.read(&Which::Settled).snapshot.is_none());
+    let other = Which::Named(HashSet::from(["other.toml".into()]));
+    assert!(source.read(&other).snapshot.is_none());
+    assert_eq!(source.read(&Which::Settled).snapshot.unwrap().services.len(), 2);
+    // Told that it is complete, one look is.
+    fs::write(&path, GOOD).unwrap();
+    let named = Which::Named(HashSet::from(["s.toml".into()]));
+    assert_eq!(source.read(&named).snapshot.unwrap().services.len(), 1);
+}
+
+#[test]
+fn a_successor_does_not_publish_less_than_everything() {
+    let dir = TempDir::new().unwrap();
+    for bad in ["", "[[service]]\nname = "] {
+        let path = source(&dir, "s.toml", bad).path;
+        let mut source = Source::new(path.clone(), rules::for_tests(), true);
+        let news = source.read(&Which::All);
+        assert!(news.snapshot.is_none() && news.error.is_some(), "{bad:?}");
+        fs::write(&path, GOOD).unwrap();
+        assert!(source.read(&Which::All).snapshot.is_some());
+    }
+}
+
+#[test]
+fn large_files_are_taken_in_every_format() {
+    let dir = TempDir::new().unwrap();
+    let instance =
+        |n: usize| format!("{{id: i{n}, address: 10.{}.{}.{}, port: 80}}", n >> 16, n >> 8 & 255, n & 255);
+    let instances: Vec<_> = (0..65_536).map(instance).collect();
+    let yaml = format!(
+        "service:\n- name: a\n  namespace: service.local\n  port: 80\n  instance: [{}]\n",
+        instances.join(", ")
+    );
+    let news = source(&dir, "s.yaml", &yaml).read(&Which::All);
+    assert_eq!(news.error, None);
+    assert_eq!(news.snapshot.unwrap().services[0].instances.len(), 65_536);
 }
