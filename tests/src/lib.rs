@@ -188,9 +188,10 @@ impl Mesh {
             .collect()
     }
 
+    /// Waits until the daemon has written so many selectable backends of a frontend.
     pub fn wait_for_backends(&self, frontend: &str, count: usize) {
         wait_until(&format!("{count} backends at {frontend}"), || {
-            self.kernel_backends(frontend).len() == count
+            self.json(&["explain", frontend])[0]["backends"].as_array().map(Vec::len) == Some(count)
         });
     }
 

@@ -88,7 +88,7 @@ fn connects_never_fail_nor_reach_what_is_not_listed_while_the_file_changes() {
                 absent_since = now();
             }
             changes += 1;
-            std::thread::sleep(Duration::from_millis(30));
+            std::thread::sleep(Duration::from_millis(20));
         }));
     }
 
