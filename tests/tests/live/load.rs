@@ -78,7 +78,7 @@ fn connects_never_fail_nor_reach_what_is_not_listed_while_the_file_changes() {
     let mut seen = Vec::new();
     while changes < 100 {
         seen.extend(run(client(&mesh), || {
-            if changes % 2 == 0 {
+            if changes.is_multiple_of(2) {
                 absences.push(Absence { from: absent_since, to: now() });
                 mesh.write(&text(&all));
                 mesh.wait_for_backends(&frontend, 3);
@@ -151,7 +151,7 @@ fn killing_the_daemon_in_the_middle_of_changes_fails_no_connect() {
     let maps = mesh.json(&["status"])["maps"].clone();
     let used: Vec<_> = maps.as_array().unwrap().iter().map(|map| map["used"].as_u64().unwrap()).collect();
     assert_eq!(used, [1, 1, 2, 2], "{maps}");
-    let raw = std::process::Command::new(mesh_tests::binary())
+    let raw = Command::new(mesh_tests::binary())
         .args(["bpf", "maps", "-o", "json", "--config"])
         .arg(&mesh.config)
         .output()
