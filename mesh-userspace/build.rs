@@ -32,8 +32,9 @@ fn main() {
     // One target folder for every profile of the daemon: the kernel programs are built once.
     let target = root.join("target/bpf");
     let arch = env::var("CARGO_CFG_TARGET_ARCH").expect("set by cargo");
-    let flags =
-        [format!("--cfg=bpf_target_arch=\"{arch}\""), "-Cdebuginfo=2".into(), "-Clink-arg=--btf".into()];
+    // v3: atomics that return what was there before; in every kernel since 5.12.
+    let cfg = format!("--cfg=bpf_target_arch=\"{arch}\"");
+    let flags = [&*cfg, "-Ctarget-cpu=v3", "-Cdebuginfo=2", "-Clink-arg=--btf"];
     let output = Command::new(env::var_os("CARGO").expect("set by cargo"))
         .args(["build", "--package", "mesh-ebpf", "--release", "--locked"])
         .args(["-Z", "build-std=core", "--target", "bpfel-unknown-none", "--target-dir"])

@@ -3,7 +3,10 @@
 //! A change here that an older program could misread needs a new [`VERSION`]: the version is
 //! part of the pin path, so programs of one layout never meet maps of another.
 
-use crate::address::{Address, Prefix};
+use crate::{
+    address::{Address, Prefix},
+    select::Policy,
+};
 
 /// The layout's version.
 pub const VERSION: u32 = 1;
@@ -74,11 +77,22 @@ pub struct ServiceWord(pub u64);
 
 impl ServiceWord {
     const EXISTS: u64 = 1 << 48;
+    const POLICY: u32 = 49;
 
     /// `base` and `count` must be at most [`MAX_INDEX`].
-    pub const fn new(base: u32, count: u32) -> Self {
+    pub const fn new(base: u32, count: u32, policy: Policy) -> Self {
         assert!(base <= MAX_INDEX && count <= MAX_INDEX);
-        Self(base as u64 | (count as u64) << 24 | Self::EXISTS)
+        Self(base as u64 | (count as u64) << 24 | Self::EXISTS | (policy as u64) << Self::POLICY)
+    }
+
+    /// How a backend is chosen.
+    #[inline(always)]
+    pub const fn policy(self) -> Policy {
+        match (self.0 >> Self::POLICY) & 3 {
+            1 => Policy::LeastConnections,
+            2 => Policy::RoundRobin,
+            _ => Policy::Random,
+        }
     }
 
     /// Whether there is such a service.
@@ -175,6 +189,8 @@ pub struct Origin {
     pub backend_port: Port,
     pub service: u32,
     pub backend: u32,
+    /// One while the socket is counted in `LOAD`.
+    pub counted: u32,
 }
 
 /// How many VIPs an unconnected UDP socket can talk to at a time.
@@ -192,8 +208,8 @@ pub struct Peers {
 const _: () = {
     assert!(size_of::<Frontend>() == 20 && align_of::<Frontend>() == 4);
     assert!(size_of::<Backend>() == 28 && align_of::<Backend>() == 4);
-    assert!(size_of::<Origin>() == 44 && align_of::<Origin>() == 4);
-    assert!(size_of::<Peers>() == MAX_PEERS * 44 + 4);
+    assert!(size_of::<Origin>() == 48 && align_of::<Origin>() == 4);
+    assert!(size_of::<Peers>() == MAX_PEERS * 48 + 4);
     assert!(size_of::<Prefix>() == 32);
     assert!(size_of::<ServiceWord>() == 8 && size_of::<SlotWord>() == 8);
 };
@@ -204,10 +220,12 @@ pub mod map {
     pub const SERVICES: &str = "SERVICES";
     pub const SLOTS: &str = "SLOTS";
     pub const BACKENDS: &str = "BACKENDS";
+    pub const LOAD: &str = "LOAD";
+    pub const CURSORS: &str = "CURSORS";
     pub const ORIGIN: &str = "ORIGIN";
     pub const PEERS: &str = "PEERS";
     pub const STATS: &str = "STATS";
-    pub const ALL: [&str; 7] = [FRONTENDS, SERVICES, SLOTS, BACKENDS, ORIGIN, PEERS, STATS];
+    pub const ALL: [&str; 9] = [FRONTENDS, SERVICES, SLOTS, BACKENDS, LOAD, CURSORS, ORIGIN, PEERS, STATS];
 }
 
 #[cfg(feature = "user")]
@@ -236,15 +254,17 @@ mod tests {
 
     #[test]
     fn an_empty_service_still_differs_from_none() {
-        assert!(ServiceWord::new(0, 0).exists());
+        assert!(ServiceWord::new(0, 0, Policy::Random).exists());
         assert!(!ServiceWord::default().exists());
     }
 
     proptest! {
         #[test]
         fn a_service_word_round_trips(base in 0..=MAX_INDEX, count in 0..=MAX_INDEX) {
-            let word = ServiceWord::new(base, count);
-            prop_assert_eq!((word.base(), word.count()), (base, count));
+            for policy in [Policy::Random, Policy::LeastConnections, Policy::RoundRobin] {
+                let word = ServiceWord::new(base, count, policy);
+                prop_assert_eq!((word.base(), word.count(), word.policy()), (base, count, policy));
+            }
         }
 
         #[test]

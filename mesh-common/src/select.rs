@@ -2,6 +2,19 @@
 
 use crate::abi::SlotWord;
 
+/// How a backend is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Policy {
+    /// By weight.
+    #[default]
+    Random = 0,
+    /// Of two drawn by weight, the one with fewer connections for its weight.
+    LeastConnections = 1,
+    /// One after the other, as often as their weights say.
+    RoundRobin = 2,
+}
+
 /// One random draw: which slot, and a fraction that decides between its backend and its alias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Draw {
@@ -21,6 +34,26 @@ pub struct Draw {
 pub const fn draw(random: u32, count: u32) -> Draw {
     let product = random as u64 * count as u64;
     Draw { slot: (product >> 32) as u32, fraction: ((product as u32) >> 16) as u16 }
+}
+
+/// The `turn`-th draw of a round: slot after slot, and a fraction that moves on by the golden
+/// ratio from one round to the next. So slots are used equally often, and the fractions seen at
+/// each are spread evenly, which makes shares follow the weights without chance.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "a remainder of a u32, and a wrapped fraction")]
+pub const fn turn(turn: u64, count: u32) -> Draw {
+    const GOLDEN: u64 = 40_503;
+    // Never zero; but a division that could panic cannot be loaded into the kernel.
+    let count = if count == 0 { 1 } else { count as u64 };
+    let round = turn / count;
+    Draw { slot: (turn % count) as u32, fraction: (round.wrapping_mul(GOLDEN) + (1 << 15)) as u16 }
+}
+
+/// Whether a backend with `load` connections and `weight` is the better choice, or as good.
+#[inline(always)]
+pub const fn is_lighter(load: u64, weight: u16, other_load: u64, other_weight: u16) -> bool {
+    // The connection to come counts too: otherwise all backends without any would be equal.
+    (load + 1) * other_weight as u64 <= (other_load + 1) * weight as u64
 }
 
 /// The backend a slot yields for `fraction`.
@@ -61,7 +94,31 @@ mod tests {
         assert!((share - 0.25).abs() < 0.001, "{share}");
     }
 
+    #[test]
+    fn turns_use_every_slot_equally_and_spread_their_fractions() {
+        let mut below = [0; 3];
+        for n in 0..3000 {
+            let draw = turn(n, 3);
+            below[draw.slot as usize] += u32::from(draw.fraction < 16_384);
+        }
+        // 1,000 rounds, a quarter each; chance alone would be off by 14 on average.
+        assert!(below.iter().all(|below| (248..=252).contains(below)), "{below:?}");
+    }
+
+    #[test]
+    fn fewer_connections_for_the_weight_are_lighter() {
+        assert!(is_lighter(0, 100, 1, 100) && !is_lighter(1, 100, 0, 100));
+        assert!(is_lighter(3, 200, 2, 100), "4 of 200 against 3 of 100");
+        assert!(!is_lighter(2, 100, 3, 200));
+        assert!(is_lighter(5, 100, 5, 100), "a tie keeps the first");
+    }
+
     proptest! {
+        #[test]
+        fn a_turn_stays_below_the_count(n: u64, count in 1..=crate::abi::MAX_INDEX) {
+            prop_assert!(turn(n, count).slot < count);
+        }
+
         #[test]
         fn a_draw_stays_below_the_count(random: u32, count in 1..=crate::abi::MAX_INDEX) {
             prop_assert!(draw(random, count).slot < count);

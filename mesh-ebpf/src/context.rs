@@ -1,8 +1,17 @@
 //! The socket-address context, seen the same way for both families.
 
-use core::ptr::{read_volatile, write_volatile};
+use core::{
+    ffi::c_void,
+    ptr::{self, read_volatile, write_volatile},
+};
 
-use aya_ebpf::{bindings::bpf_sock_addr, helpers::generated::bpf_set_retval, programs::SockAddrContext};
+use aya_ebpf::{
+    bindings::BPF_SK_STORAGE_GET_F_CREATE,
+    bindings::bpf_sock_addr,
+    btf_maps::SkStorage,
+    helpers::generated::{bpf_set_retval, bpf_sk_storage_get, bpf_skc_to_mptcp_sock},
+    programs::SockAddrContext,
+};
 use mesh_common::{
     abi::{Frontend, Origin, Peers, Port},
     address::Address,
@@ -100,21 +109,26 @@ impl<const V4: bool> Hook<V4> {
     /// What a connected socket dialled.
     #[inline(always)]
     pub(crate) fn origin(&self) -> Option<&Origin> {
-        // SAFETY: the helper returns null or a value owned by the socket, which outlives the program.
-        unsafe { maps::ORIGIN.get_ptr_mut(&self.ctx).as_ref() }
+        // SAFETY: a value owned by the socket, which outlives the program.
+        unsafe { storage(&maps::ORIGIN, self.socket(), ptr::null_mut(), 0).as_ref() }
+    }
+
+    /// The same in a connect hook, to be changed.
+    #[inline(always)]
+    pub(crate) fn dialled(&self) -> Option<&'static mut Origin> {
+        // SAFETY: as for `origin`; the calling thread holds the socket lock.
+        unsafe { storage(&maps::ORIGIN, self.dialling_socket(), ptr::null_mut(), 0).as_mut() }
     }
 
     /// Remembers `origin` with the socket; false if there is no memory for it.
     #[inline(always)]
     pub(crate) fn remember(&self, origin: &mut Origin) -> bool {
-        // SAFETY: as for `origin`. The calling thread holds the socket lock, so nothing else writes here.
-        unsafe {
-            let stored = maps::ORIGIN.get_or_insert_ptr_mut(&self.ctx, Some(origin));
-            if stored.is_null() {
-                return false;
-            }
-            *stored = *origin;
+        let stored = storage(&maps::ORIGIN, self.dialling_socket(), origin, CREATE);
+        if stored.is_null() {
+            return false;
         }
+        // SAFETY: as for `origin`. The calling thread holds the socket lock, so nothing else writes here.
+        unsafe { *stored = *origin };
         true
     }
 
@@ -122,16 +136,42 @@ impl<const V4: bool> Hook<V4> {
     #[inline(always)]
     pub(crate) fn peers(&self) -> Option<&Peers> {
         // SAFETY: as for `origin`.
-        unsafe { maps::PEERS.get_ptr_mut(&self.ctx).as_ref() }
+        unsafe { storage(&maps::PEERS, self.socket(), ptr::null_mut(), 0).as_ref() }
     }
 
     /// The same, made now if need be; none if there is no memory for it. Two threads may send on
     /// one socket at once: at worst one of them draws a backend again.
     #[inline(always)]
-    pub(crate) fn peers_mut(&self) -> Option<&mut Peers> {
+    pub(crate) fn peers_mut(&self) -> Option<&'static mut Peers> {
         // SAFETY: as for `origin`; without an initial value the kernel zeroes it.
-        unsafe { maps::PEERS.get_or_insert_ptr_mut(&self.ctx, None).as_mut() }
+        unsafe { storage(&maps::PEERS, self.socket(), ptr::null_mut(), CREATE).as_mut() }
     }
+
+    #[inline(always)]
+    fn socket(&self) -> *mut c_void {
+        // SAFETY: as for read; the union's other member only describes its bits.
+        unsafe { (*self.raw()).__bindgen_anon_1.sk.cast() }
+    }
+
+    /// The socket that the task holds. An MPTCP socket connects through a subflow, a socket that
+    /// the kernel made, and that is what a connect hook is given; but `getpeername` is asked of
+    /// the MPTCP socket, and it is what the task closes.
+    #[inline(always)]
+    fn dialling_socket(&self) -> *mut c_void {
+        // SAFETY: a plain helper call (Linux 5.19); null for a socket that is no subflow.
+        let parent = unsafe { bpf_skc_to_mptcp_sock(self.socket()) };
+        if parent.is_null() { self.socket() } else { parent.cast() }
+    }
+}
+
+const CREATE: u64 = BPF_SK_STORAGE_GET_F_CREATE as u64;
+
+/// A socket's value in a storage map; null if there is none, or no memory for a new one.
+#[inline(always)]
+pub(crate) fn storage<T>(map: &SkStorage<T>, socket: *mut c_void, value: *mut T, flags: u64) -> *mut T {
+    let map = ptr::from_ref(map).cast_mut().cast();
+    // SAFETY: the map holds values of type T, and the verifier has seen where the socket comes from.
+    unsafe { bpf_sk_storage_get(map, socket, value.cast(), flags).cast() }
 }
 
 /// A verdict as the kernel wants it: 0 alone would be EPERM, so the errno goes first.

@@ -4,7 +4,7 @@ use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
 use mesh_common::{
     abi::{Backend, Frontend, MAX_PEERS, Origin, Peers, ServiceWord},
     outcome::Outcome,
-    select,
+    select::{self, Draw, Policy},
 };
 
 use crate::{
@@ -40,9 +40,17 @@ fn finish(result: Result<Outcome, Outcome>) -> i32 {
 #[inline(always)]
 fn translate<const V4: bool>(hook: &Hook<V4>) -> Result<Outcome, Outcome> {
     let service = Service::dialled(hook)?;
-    let mut origin = service.choose()?;
+    let mut origin = Origin { counted: 1, ..service.choose()? };
     send_to(hook, &origin)?;
-    Ok(if hook.remember(&mut origin) { Outcome::Translated } else { Outcome::OriginLost })
+    // A socket that tries again has left its last backend.
+    if let Some(before) = hook.dialled() {
+        release(before);
+    }
+    if !hook.remember(&mut origin) {
+        return Ok(Outcome::OriginLost);
+    }
+    maps::add_load(origin.backend, 1);
+    Ok(Outcome::Translated)
 }
 
 /// A socket keeps the backend it has for a VIP for as long as that backend is selectable.
@@ -64,6 +72,15 @@ fn translate_datagram<const V4: bool>(hook: &Hook<V4>) -> Result<Outcome, Outcom
     send_to(hook, &origin)?;
     store(peers, known, origin);
     Ok(Outcome::Translated)
+}
+
+/// Takes a socket off its backend's count, if it is on it.
+#[inline(always)]
+pub(crate) fn release(origin: &mut Origin) {
+    if origin.counted == 1 {
+        origin.counted = 0;
+        maps::add_load(origin.backend, -1);
+    }
 }
 
 #[inline(always)]
@@ -108,19 +125,36 @@ impl Service {
 
     #[inline(always)]
     fn choose(&self) -> Result<Origin, Outcome> {
-        // SAFETY: a plain helper call.
-        let draw = select::draw(unsafe { bpf_get_prandom_u32() }, self.word.count());
-        let slot = maps::slot(self.word.base() + draw.slot).ok_or(Outcome::BadTable)?;
-        let id = select::pick(slot, draw.fraction);
-        let Backend { address, port, .. } = maps::backend(id).ok_or(Outcome::BadTable)?;
+        let count = self.word.count();
+        let draw = match self.word.policy() {
+            Policy::RoundRobin => select::turn(maps::take_turn(self.id), count),
+            Policy::Random | Policy::LeastConnections => random_draw(count),
+        };
+        let (mut id, mut backend) = self.at(draw)?;
+        if self.word.policy() == Policy::LeastConnections && count > 1 {
+            let (other_id, other) = self.at(random_draw(count))?;
+            let (load, other_load) = (maps::load_of(id), maps::load_of(other_id));
+            if !select::is_lighter(load, backend.weight, other_load, other.weight) {
+                (id, backend) = (other_id, other);
+            }
+        }
         Ok(Origin {
             vip: self.frontend.address,
             vip_port: self.frontend.port,
-            backend_address: *address,
-            backend_port: *port,
+            backend_address: backend.address,
+            backend_port: backend.port,
             service: self.id,
             backend: id,
+            counted: 0,
         })
+    }
+
+    /// The backend that a draw leads to.
+    #[inline(always)]
+    fn at(&self, draw: Draw) -> Result<(u32, &'static Backend), Outcome> {
+        let slot = maps::slot(self.word.base() + draw.slot).ok_or(Outcome::BadTable)?;
+        let id = select::pick(slot, draw.fraction);
+        Ok((id, maps::backend(id).ok_or(Outcome::BadTable)?))
     }
 
     #[inline(always)]
@@ -138,4 +172,10 @@ impl Service {
                 && backend.address == peer.backend_address
         })
     }
+}
+
+#[inline(always)]
+fn random_draw(count: u32) -> Draw {
+    // SAFETY: a plain helper call.
+    select::draw(unsafe { bpf_get_prandom_u32() }, count)
 }

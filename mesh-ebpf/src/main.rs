@@ -11,9 +11,13 @@
 mod context;
 mod forward;
 mod maps;
+mod release;
 mod reverse;
 
-use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
+use aya_ebpf::{
+    macros::{cgroup_sock, cgroup_sock_addr},
+    programs::{SockAddrContext, SockContext},
+};
 
 use crate::context::Hook;
 
@@ -55,6 +59,11 @@ fn mesh_recvmsg4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(recvmsg6)]
 fn mesh_recvmsg6(ctx: SockAddrContext) -> i32 {
     reverse::run(&Hook::<false>::new(ctx))
+}
+
+#[cgroup_sock(sock_release)]
+fn mesh_release(ctx: SockContext) -> i32 {
+    release::run(ctx)
 }
 
 #[panic_handler]

@@ -29,6 +29,10 @@ static SLOTS: Array<u64, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static BACKENDS: Array<Backend, 1> = Array::new();
 #[btf_map]
+static LOAD: Array<u64, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static CURSORS: Array<u64, 1> = Array::new();
+#[btf_map]
 pub(crate) static ORIGIN: SkStorage<Origin> = SkStorage::new();
 #[btf_map]
 pub(crate) static PEERS: SkStorage<Peers> = SkStorage::new();
@@ -87,10 +91,40 @@ pub(crate) fn backend(id: u32) -> Option<&'static Backend> {
     BACKENDS.get(id).filter(|backend| backend.in_use())
 }
 
+/// Connections that a backend has.
+#[inline(always)]
+pub(crate) fn load_of(backend: u32) -> u64 {
+    load(&LOAD, backend).unwrap_or(0)
+}
+
+/// One connection more, or with -1 one less.
+#[inline(always)]
+pub(crate) fn add_load(backend: u32, change: i64) {
+    if let Some(load) = LOAD.get_ptr_mut(backend) {
+        add(load, change.cast_unsigned());
+    }
+}
+
+/// How many turns a service has had, this one not counted.
+#[inline(always)]
+pub(crate) fn take_turn(service: u32) -> u64 {
+    let Some(turn) = CURSORS.get_ptr_mut(service) else { return 0 };
+    // SAFETY: a word of a map, which stays where it is. Not relaxed: for that LLVM emits an
+    // instruction that returns nothing, and uses what it returns all the same.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::AcqRel }>(turn, 1) }
+}
+
 #[inline(always)]
 pub(crate) fn count(outcome: Outcome) {
     if let Some(counter) = STATS.get_ptr_mut(outcome as u32) {
-        // SAFETY: points at this CPU's counter. Atomic because a hook can be preempted by another.
-        unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1) };
+        // This CPU's counter, but a hook can be preempted by another one on the same CPU.
+        add(counter, 1);
     }
+}
+
+/// Adds atomically, wrapping.
+#[inline(always)]
+fn add(word: *mut u64, change: u64) {
+    // SAFETY: every caller passes a word of a map, which stays where it is.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(word, change) };
 }

@@ -10,7 +10,7 @@ use mesh_common::abi::{Frontend, Port};
 
 use crate::{
     model::{Health, Instance, Service, ServiceId},
-    plan::{Desired, Endpoint, Prune},
+    plan::{Desired, Endpoint, Prune, Wanted},
     registry::{Claims, Snapshot},
 };
 
@@ -65,7 +65,7 @@ impl Catalog {
 
     /// Ports of one name share its VIPs, so VIPs are found by name.
     fn assign(&mut self, vips: &mut Vips) {
-        let mut names: BTreeMap<(String, String), Wanted> = BTreeMap::new();
+        let mut names: BTreeMap<(String, String), Families> = BTreeMap::new();
         for entry in self.services.values() {
             let Service { id, vip, instances, .. } = &entry.service;
             let wanted = names.entry((id.namespace.clone(), id.name.clone())).or_default();
@@ -112,7 +112,7 @@ impl Catalog {
     /// What the maps should hold.
     pub fn desired(&self) -> Desired {
         let frontends = self.services.values().flat_map(|entry| {
-            entry.vips.iter().map(|vip| (frontend(&entry.service.id, *vip), entry.backends(*vip)))
+            entry.vips.iter().map(|vip| (frontend(&entry.service.id, *vip), entry.wanted(*vip)))
         });
         frontends.collect()
     }
@@ -123,13 +123,13 @@ impl Catalog {
 }
 
 #[derive(Default)]
-struct Wanted {
+struct Families {
     given: BTreeSet<IpAddr>,
     v4: bool,
     v6: bool,
 }
 
-impl Wanted {
+impl Families {
     /// The families that need a VIP of their own. A lone VIP of the other family serves IPv4
     /// backends as mapped addresses, but an IPv4 socket cannot reach IPv6.
     fn families(&self) -> Vec<bool> {
@@ -167,13 +167,14 @@ impl Entry {
             .filter(move |instance| instance.address.is_ipv4() == vip.is_ipv4() || (mapped && alone))
     }
 
-    /// The backends of one VIP with the weights in effect.
-    fn backends(&self, vip: IpAddr) -> BTreeMap<Endpoint, u16> {
+    /// The policy and the backends of one VIP, with the weights in effect.
+    fn wanted(&self, vip: IpAddr) -> Wanted {
         let selectable = self.selectable(vip);
         let weight = |instance: &Instance| {
             if Some(instance.health) == selectable { instance.weight } else { 0 }
         };
-        self.instances(vip).map(|instance| (endpoint(instance), weight(instance))).collect()
+        let backends = self.instances(vip).map(|instance| (endpoint(instance), weight(instance)));
+        Wanted { policy: self.service.policy.in_kernel(), backends: backends.collect() }
     }
 
     /// Whose turn it is: healthy instances; failing those unhealthy ones, because health may be

@@ -16,7 +16,7 @@ use std::{
 use aya::{
     Ebpf, EbpfLoader,
     maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray},
-    programs::{CgroupAttachMode, CgroupSockAddr, ProgramError, links::FdLink},
+    programs::{CgroupAttachMode, Program, ProgramError, links::FdLink},
 };
 use mesh_common::{
     abi::{self, Backend, Frontend, ServiceWord, SlotWord, VipRanges, map},
@@ -38,7 +38,7 @@ use sys::{Grace, LinkInfo, PinnedLink, Words};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("MESH_BPF_OBJECT"));
 
 /// The programs, as the kernel shows them; each hooks the call that its name says.
-pub const PROGRAMS: [&str; 8] = [
+pub const PROGRAMS: [&str; 9] = [
     "mesh_connect4",
     "mesh_connect6",
     "mesh_getpeer4",
@@ -47,6 +47,7 @@ pub const PROGRAMS: [&str; 8] = [
     "mesh_sendmsg6",
     "mesh_recvmsg4",
     "mesh_recvmsg6",
+    "mesh_release",
 ];
 
 #[derive(Debug, thiserror::Error)]
@@ -152,6 +153,7 @@ pub struct Maps {
     backends: Array<MapData, Backend>,
     services: Words,
     slots: Words,
+    load: Words,
     grace: Grace,
     sizes: Sizes,
 }
@@ -204,10 +206,8 @@ impl Datapath {
                 updated.map_err(io_error(format!("cannot replace program {name}")))?;
                 continue;
             }
-            let id = program.attach(&cgroup, CgroupAttachMode::Single).map_err(error)?;
-            let link = program.take_link(id).map_err(error)?;
+            let link = attach(program, &cgroup).map_err(error)?;
             let cannot_pin = format!("cannot pin {}", pin.display());
-            let link = FdLink::try_from(link).map_err(io::Error::other).map_err(io_error(&cannot_pin))?;
             // The old link was for another cgroup, or its cgroup is gone.
             remove_file(&pin)?;
             link.pin(&pin).map_err(io::Error::other).map_err(io_error(&cannot_pin))?;
@@ -227,6 +227,7 @@ impl Maps {
         let services = pinned(pins, map::SERVICES, size_of::<u32>(), size_of::<u64>())?;
         let slots = pinned(pins, map::SLOTS, size_of::<u32>(), size_of::<u64>())?;
         let backends = pinned(pins, map::BACKENDS, size_of::<u32>(), size_of::<Backend>())?;
+        let load = pinned(pins, map::LOAD, size_of::<u32>(), size_of::<u64>())?;
         let sizes = Sizes {
             frontends: entries(&frontends, map::FRONTENDS)?,
             services: entries(&services, map::SERVICES)?,
@@ -239,6 +240,8 @@ impl Maps {
         Ok(Self {
             services: words(&services, map::SERVICES, sizes.services)?,
             slots: words(&slots, map::SLOTS, sizes.slots)?,
+            load: Words::map(load.fd().as_fd(), sizes.backends)
+                .map_err(io_error("cannot map LOAD into memory"))?,
             frontends: HashMap::try_from(Map::HashMap(frontends)).map_err(map_error(map::FRONTENDS))?,
             backends: Array::try_from(Map::Array(backends)).map_err(map_error(map::BACKENDS))?,
             grace: Grace::new().map_err(io_error("cannot make a map of maps"))?,
@@ -269,7 +272,13 @@ impl Maps {
                 dump.backends.insert(id, backend);
             }
         }
+        dump.busy = (1..self.sizes.backends).filter(|id| self.load(*id) > 0).collect();
         Ok(dump)
+    }
+
+    /// How many sockets are counted on a backend.
+    pub fn load(&self, backend: u32) -> u64 {
+        self.load.load(backend)
     }
 
     /// A service's slots.
@@ -317,19 +326,31 @@ impl Maps {
     }
 }
 
-/// Reads the outcome counters, summed over CPUs.
-pub struct Stats(PerCpuArray<MapData, u64>);
+/// What the kernel counts.
+pub struct Stats {
+    outcomes: PerCpuArray<MapData, u64>,
+    load: Words,
+}
 
 impl Stats {
     pub fn open(pins: &Pins) -> Result<Self> {
         let data = pinned(pins, map::STATS, size_of::<u32>(), size_of::<u64>())?;
-        let counters = PerCpuArray::try_from(Map::PerCpuArray(data)).map_err(map_error(map::STATS))?;
-        Ok(Self(counters))
+        let outcomes = PerCpuArray::try_from(Map::PerCpuArray(data)).map_err(map_error(map::STATS))?;
+        let load = pinned(pins, map::LOAD, size_of::<u32>(), size_of::<u64>())?;
+        let len = entries(&load, map::LOAD)?;
+        let load = Words::map(load.fd().as_fd(), len).map_err(io_error("cannot map LOAD into memory"))?;
+        Ok(Self { outcomes, load })
     }
 
-    pub fn read(&self) -> Result<BTreeMap<&'static str, u64>> {
+    /// How many sockets are counted on a backend.
+    pub fn load(&self, backend: u32) -> u64 {
+        self.load.load(backend)
+    }
+
+    /// The outcome counters, summed over CPUs.
+    pub fn outcomes(&self) -> Result<BTreeMap<&'static str, u64>> {
         let read = |outcome: Outcome| {
-            let values = self.0.get(&(outcome as u32), 0).map_err(map_error(map::STATS))?;
+            let values = self.outcomes.get(&(outcome as u32), 0).map_err(map_error(map::STATS))?;
             Ok((outcome.name(), values.iter().sum()))
         };
         Outcome::ALL.into_iter().map(read).collect()
@@ -371,10 +392,31 @@ pub fn probe(vip_ranges: &VipRanges) -> Result<()> {
 
 fn load_programs(ebpf: &mut Ebpf) -> Result<()> {
     for name in PROGRAMS {
-        let loaded = program(ebpf, name).load();
+        let loaded = match program(ebpf, name) {
+            Program::CgroupSockAddr(program) => program.load(),
+            Program::CgroupSock(program) => program.load(),
+            other => unreachable!("{name} is a {:?} program", other.prog_type()),
+        };
         loaded.map_err(|source| Error::Program { name, source: Box::new(source) })?;
     }
     Ok(())
+}
+
+/// Attaches a program to a cgroup; the link is ours alone.
+fn attach(program: &mut Program, cgroup: &File) -> std::result::Result<FdLink, ProgramError> {
+    let mode = CgroupAttachMode::Single;
+    let link = match program {
+        Program::CgroupSockAddr(program) => {
+            let id = program.attach(cgroup, mode)?;
+            FdLink::try_from(program.take_link(id)?)
+        }
+        Program::CgroupSock(program) => {
+            let id = program.attach(cgroup, mode)?;
+            FdLink::try_from(program.take_link(id)?)
+        }
+        other => unreachable!("a {:?} program", other.prog_type()),
+    };
+    Ok(link.expect("Linux 5.7 and later attach by links"))
 }
 
 fn load(settings: &Settings, pins: &Pins) -> Result<Ebpf> {
@@ -386,6 +428,8 @@ fn load(settings: &Settings, pins: &Pins) -> Result<Ebpf> {
         .map_max_entries(map::FRONTENDS, sizes.frontends)
         .map_max_entries(map::SERVICES, sizes.services)
         .map_max_entries(map::BACKENDS, sizes.backends)
+        .map_max_entries(map::LOAD, sizes.backends)
+        .map_max_entries(map::CURSORS, sizes.services)
         .map_max_entries(map::SLOTS, sizes.slots);
     for (name, path) in &paths {
         loader.map_pin_path(name, path.as_path());
@@ -393,9 +437,8 @@ fn load(settings: &Settings, pins: &Pins) -> Result<Ebpf> {
     loader.load(OBJECT).map_err(|error| Error::Load(Box::new(error)))
 }
 
-fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> &'a mut CgroupSockAddr {
-    let program = ebpf.program_mut(name).expect("the object holds every program");
-    program.try_into().expect("every program is a cgroup/sock_addr one")
+fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> &'a mut Program {
+    ebpf.program_mut(name).expect("the object holds every program")
 }
 
 fn pinned(pins: &Pins, name: &'static str, key: usize, value: usize) -> Result<MapData> {

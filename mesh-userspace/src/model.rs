@@ -2,6 +2,7 @@
 
 use std::{fmt, net::IpAddr, num::NonZeroU16};
 
+use mesh_common::select;
 use serde::{Deserialize, Serialize};
 
 /// What a service is known by.
@@ -58,6 +59,17 @@ pub enum Policy {
     Random,
     RoundRobin,
     Maglev,
+}
+
+impl Policy {
+    /// The rule the kernel follows. Maglev is not there yet: by weight until then.
+    pub fn in_kernel(self) -> select::Policy {
+        match self {
+            Self::LeastConnections => select::Policy::LeastConnections,
+            Self::RoundRobin => select::Policy::RoundRobin,
+            Self::Random | Self::Maglev => select::Policy::Random,
+        }
+    }
 }
 
 /// What a registry says of an instance.

@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use mesh_common::{
     abi::{Frontend, Port, ServiceWord, SlotWord, map},
     address::Address,
+    select::Policy,
 };
 
 pub mod alias;
@@ -26,9 +27,17 @@ pub struct Endpoint {
     pub port: Port,
 }
 
-/// What the maps should hold: for each frontend its backends and their weights. A backend of
-/// weight zero is known, and keeps its id, but gets no new connections.
-pub type Desired = BTreeMap<Frontend, BTreeMap<Endpoint, u16>>;
+/// What the maps should hold.
+pub type Desired = BTreeMap<Frontend, Wanted>;
+
+/// What a frontend should lead to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wanted {
+    pub policy: Policy,
+    /// With their weights. A backend of weight zero is known, and keeps its id, but gets no new
+    /// connections.
+    pub backends: BTreeMap<Endpoint, u16>,
+}
 
 /// One write to the maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -101,8 +110,8 @@ pub fn plan(desired: &Desired, applied: &Applied, prune: Prune) -> Plan {
         unused: BTreeSet::new(),
         refused: Vec::new(),
     };
-    for (frontend, backends) in desired {
-        if let Err(refused) = planner.service(*frontend, backends) {
+    for (frontend, wanted) in desired {
+        if let Err(refused) = planner.service(*frontend, wanted) {
             planner.refused.push(refused);
         }
     }
@@ -124,7 +133,8 @@ struct Planner<'a> {
 
 impl Planner<'_> {
     /// A service fits whole, or nothing is planned for it.
-    fn service(&mut self, frontend: Frontend, backends: &BTreeMap<Endpoint, u16>) -> Result<(), Refused> {
+    fn service(&mut self, frontend: Frontend, wanted: &Wanted) -> Result<(), Refused> {
+        let Wanted { policy, backends } = wanted;
         let applied = self.applied;
         let known = applied.frontends.get(&frontend).copied();
         let current = known.and_then(|id| applied.services.get(&id));
@@ -161,7 +171,7 @@ impl Planner<'_> {
         }
         weights.sort_unstable();
         let words = alias::table(&weights);
-        if current.is_none_or(|service| service.words != words) {
+        if current.is_none_or(|service| service.words != words || service.policy != *policy) {
             let Some(base) = self.alloc.slots.take(index(words.len())) else {
                 taken.into_iter().for_each(|id| self.alloc.backends.give_back(id));
                 if known.is_none() {
@@ -170,7 +180,7 @@ impl Planner<'_> {
                 let slots = &self.alloc.slots;
                 return refuse(map::SLOTS, words.len(), slots.longest(), slots.max());
             };
-            let word = ServiceWord::new(base, index(words.len()));
+            let word = ServiceWord::new(base, index(words.len()), *policy);
             if !words.is_empty() {
                 before.push(Op::PutSlots { base, words });
             }

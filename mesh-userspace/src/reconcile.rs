@@ -80,7 +80,9 @@ impl Reconciler {
         let start = Instant::now();
         let before = self.report.borrow().clone();
         let known = before.error.is_none()
+            && before.refused.is_empty()
             && before.written.as_ref().is_some_and(|written| Arc::ptr_eq(written, catalog));
+        self.reclaim();
         if known && self.in_place() {
             return;
         }
@@ -121,10 +123,17 @@ impl Reconciler {
                 self.datapath.maps.write(op)?;
                 self.applied.write().expect("no writer panics").apply(op);
             }
+            self.reclaim();
             if plan.refused.is_empty() || plan.ops.is_empty() {
                 return Ok(plan.refused.iter().map(ToString::to_string).collect());
             }
         }
+    }
+
+    /// Makes ids usable again whose last socket is gone.
+    fn reclaim(&self) {
+        let maps = &self.datapath.maps;
+        self.applied.write().expect("no writer panics").reclaim(|id| maps.load(id) == 0);
     }
 
     fn in_place(&self) -> bool {

@@ -74,7 +74,7 @@ type Labels<'a> = &'a [(&'a str, &'a str)];
 impl Collector for Scrape {
     fn encode(&self, mut encoder: DescriptorEncoder) -> fmt::Result {
         let view = &self.0;
-        if let Ok(outcomes) = view.stats.read() {
+        if let Ok(outcomes) = view.stats.outcomes() {
             let rows =
                 outcomes.iter().map(|(outcome, count)| ([("outcome", *outcome)], ConstCounter::new(*count)));
             let help = "Connects to a VIP by what became of them";

@@ -32,7 +32,10 @@ fn lints() -> anyhow::Result<()> {
             .args(strict)
             .env("PATH", path)
             .env("RUSTC_BOOTSTRAP", "1")
-            .env("CARGO_ENCODED_RUSTFLAGS", format!("--cfg=bpf_target_arch=\"{}\"", std::env::consts::ARCH)),
+            .env(
+                "CARGO_ENCODED_RUSTFLAGS",
+                format!("--cfg=bpf_target_arch=\"{}\"\x1f-Ctarget-cpu=v3", std::env::consts::ARCH),
+            ),
     )
 }
 

@@ -9,7 +9,7 @@ use super::Dialled;
 use crate::{
     catalog::{Entry, endpoint, frontend},
     daemon::View,
-    datapath::PROGRAMS,
+    datapath::{PROGRAMS, Stats},
     model::{Health, Policy, Protocol},
     plan::{Applied, alias},
     registry::Sync,
@@ -99,9 +99,10 @@ pub struct Backend {
     pub connections: Connections,
 }
 
-/// Not counted by this version of the datapath: null.
+/// What is not counted by this version is null.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Connections {
+    /// Sockets that were connected to it and are not closed yet.
     pub active: Option<u64>,
     pub opened: Option<u64>,
     pub failed: Option<u64>,
@@ -267,26 +268,32 @@ impl Backend {
         catalog
             .iter()
             .flat_map(|catalog| catalog.services.values())
-            .flat_map(|entry| Self::of(entry, &applied))
+            .flat_map(|entry| Self::of(entry, &applied, &view.stats))
             .collect()
     }
 
-    fn of(entry: &Entry, applied: &Applied) -> Vec<Self> {
+    fn of(entry: &Entry, applied: &Applied, stats: &Stats) -> Vec<Self> {
         let id = &entry.service.id;
         let behind = |vip: &IpAddr| {
             let frontend = frontend(id, *vip);
-            entry.instances(*vip).map(move |instance| Self {
-                id: applied.backend_id(&frontend, &endpoint(instance)),
-                service: id.name.clone(),
-                namespace: id.namespace.clone(),
-                instance: instance.id.clone(),
-                address: instance.address,
-                port: instance.port.get(),
-                zone: instance.zone.clone(),
-                weight: instance.weight,
-                state: instance.health.into(),
-                connections: Connections::default(),
-            })
+            entry
+                .instances(*vip)
+                .map(move |instance| (applied.backend_id(&frontend, &endpoint(instance)), instance))
+                .map(|(backend, instance)| Self {
+                    id: backend,
+                    service: id.name.clone(),
+                    namespace: id.namespace.clone(),
+                    instance: instance.id.clone(),
+                    address: instance.address,
+                    port: instance.port.get(),
+                    zone: instance.zone.clone(),
+                    weight: instance.weight,
+                    state: instance.health.into(),
+                    connections: Connections {
+                        active: backend.map(|id| stats.load(id)),
+                        ..Connections::default()
+                    },
+                })
         };
         entry.vips.iter().flat_map(behind).collect()
     }

@@ -66,7 +66,7 @@ fn every_backend_is_behind_exactly_one_vip_it_can_be_reached_by() {
             let reached: Vec<_> = desired
                 .iter()
                 .flat_map(|(frontend, backends)| {
-                    backends.keys().map(|endpoint| (frontend.address, endpoint.address))
+                    backends.backends.keys().map(|endpoint| (frontend.address, endpoint.address))
                 })
                 .collect();
             assert_eq!(reached.len(), addresses.len(), "{vip:?} {addresses:?}");
@@ -135,7 +135,7 @@ fn only_the_best_health_there_is_gets_connections() {
         let addresses = ["10.0.0.1", "10.0.0.2", "10.0.0.3"];
         let list: Vec<_> = addresses.into_iter().zip(healths.iter().copied()).collect();
         let desired = build(&[&[service("a", 80, None, &list)]]).desired();
-        desired.values().next().unwrap().values().copied().collect::<Vec<_>>()
+        desired.values().next().unwrap().backends.values().copied().collect::<Vec<_>>()
     };
     use Health::{Draining, Healthy, Unhealthy};
     assert_eq!(weights(&[Healthy, Unhealthy, Draining]), [100, 0, 0]);

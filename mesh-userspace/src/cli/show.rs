@@ -155,13 +155,14 @@ pub(super) async fn backends(socket: &Path, args: &ListArgs) -> anyhow::Result<E
                 backend.instance.clone(),
                 join(backend.address, backend.port),
                 word(&backend.state),
+                or_dash(backend.connections.active),
             ];
             if wide {
                 row.extend([backend.weight.to_string(), or_dash(backend.zone.clone())]);
             }
             row
         });
-        let mut headers = vec!["ID", "SERVICE", "INSTANCE", "ADDRESS", "STATE"];
+        let mut headers = vec!["ID", "SERVICE", "INSTANCE", "ADDRESS", "STATE", "CONNECTIONS"];
         if wide {
             headers.extend(["WEIGHT", "ZONE"]);
         }

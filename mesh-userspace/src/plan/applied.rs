@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use mesh_common::abi::{Backend, Frontend, ServiceWord, SlotWord};
+use mesh_common::{
+    abi::{Backend, Frontend, ServiceWord, SlotWord},
+    select::Policy,
+};
 
 use super::{
     Endpoint, Op,
@@ -25,6 +28,8 @@ pub struct Applied {
     pub frontends: BTreeMap<Frontend, u32>,
     pub services: BTreeMap<u32, Service>,
     pub alloc: Alloc,
+    /// Ids of backends that are gone, but that sockets may still be counted on.
+    resting: BTreeSet<u32>,
     /// Which service a backend belongs to.
     owners: BTreeMap<u32, (u32, Endpoint)>,
     /// Slots written, but not yet pointed at.
@@ -38,6 +43,7 @@ pub struct Applied {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Service {
     pub base: u32,
+    pub policy: Policy,
     pub words: Vec<SlotWord>,
     pub backends: BTreeMap<Endpoint, Known>,
 }
@@ -55,6 +61,8 @@ pub struct Dump {
     pub frontends: BTreeMap<Frontend, u32>,
     pub services: BTreeMap<u32, ServiceWord>,
     pub backends: BTreeMap<u32, Backend>,
+    /// Backend ids that sockets are still counted on.
+    pub busy: BTreeSet<u32>,
 }
 
 impl Applied {
@@ -73,6 +81,7 @@ impl Applied {
                 backends: Ids::new(sizes.backends, backends),
                 slots: Ranges::new(sizes.slots),
             },
+            resting: BTreeSet::new(),
             owners: BTreeMap::new(),
             pending: Vec::new(),
             retired_services: Vec::new(),
@@ -89,14 +98,21 @@ impl Applied {
         slots: impl Fn(ServiceWord) -> Vec<SlotWord>,
     ) -> (Self, Vec<Op>) {
         let used = dump.frontends.values().copied().collect();
-        let mut applied = Self::with_used(sizes, &used, &dump.backends.keys().copied().collect());
+        let backends: BTreeSet<_> = dump.backends.keys().copied().collect();
+        let mut applied = Self::with_used(sizes, &used, &backends.union(&dump.busy).copied().collect());
+        applied.resting = dump.busy.difference(&backends).copied().collect();
         let mut repairs = Vec::new();
         let mut strays = Vec::new();
         for (&frontend, &id) in &dump.frontends {
             let word = dump.services.get(&id).copied().unwrap_or_default();
             let sound = word.exists() && !applied.services.contains_key(&id);
             if sound && applied.alloc.slots.claim(word.base(), word.count()) {
-                let service = Service { base: word.base(), words: slots(word), backends: BTreeMap::new() };
+                let service = Service {
+                    base: word.base(),
+                    policy: word.policy(),
+                    words: slots(word),
+                    backends: BTreeMap::new(),
+                };
                 applied.services.insert(id, service);
                 applied.frontends.insert(frontend, id);
             } else {
@@ -124,6 +140,19 @@ impl Applied {
         service.backends.get(endpoint).map(|backend| backend.id)
     }
 
+    /// Gives back the ids of backends that are gone and on which, as `is_idle` says, no socket is
+    /// counted any more: so a new backend does not inherit the connections of an old one.
+    pub fn reclaim(&mut self, is_idle: impl Fn(u32) -> bool) {
+        let alloc = &mut self.alloc.backends;
+        self.resting.retain(|id| {
+            let idle = is_idle(*id);
+            if idle {
+                alloc.give_back(*id);
+            }
+            !idle
+        });
+    }
+
     /// Follows one operation that has been written.
     pub fn apply(&mut self, op: &Op) {
         match op {
@@ -145,6 +174,7 @@ impl Applied {
                 let service = self.services.entry(*id).or_default();
                 self.retired_slots.push((service.base, index(service.words.len())));
                 service.base = word.base();
+                service.policy = word.policy();
                 service.words = std::mem::take(&mut self.pending);
             }
             Op::PutService { id, .. } => {
@@ -166,7 +196,7 @@ impl Applied {
                 {
                     service.backends.remove(&endpoint);
                 }
-                self.alloc.backends.give_back(*id);
+                self.resting.insert(*id);
             }
             Op::Grace => {
                 for id in self.retired_services.drain(..) {

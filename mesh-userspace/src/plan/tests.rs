@@ -22,7 +22,8 @@ fn endpoint(n: u8) -> Endpoint {
 
 fn desired(services: &[(u8, &[(u8, u16)])]) -> Desired {
     let backends = |list: &[(u8, u16)]| list.iter().map(|(n, weight)| (endpoint(*n), *weight)).collect();
-    services.iter().map(|(n, list)| (frontend(*n), backends(list))).collect()
+    let wanted = |list| Wanted { policy: Policy::Random, backends: backends(list) };
+    services.iter().map(|(n, list)| (frontend(*n), wanted(list))).collect()
 }
 
 /// The maps as a reader sees them: plain memory, written one operation at a time.
@@ -73,6 +74,7 @@ impl Memory {
             frontends: self.frontends.clone(),
             services: services.map(|(id, word)| (id, *word)).collect(),
             backends: backends.map(|(id, backend)| (id, *backend)).collect(),
+            busy: BTreeSet::new(),
         };
         let slots = |word: ServiceWord| self.slots[word.base() as usize..][..word.count() as usize].to_vec();
         let (mut applied, repairs) = Applied::restore(SIZES, &dump, slots);
@@ -80,6 +82,7 @@ impl Memory {
             self.write(&op);
             applied.apply(&op);
         }
+        applied.reclaim(|_| true);
         applied
     }
 
@@ -101,7 +104,7 @@ impl Memory {
 }
 
 fn selectable(desired: &Desired, frontend: &Frontend) -> Option<BTreeSet<Endpoint>> {
-    let backends = desired.get(frontend)?;
+    let backends = &desired.get(frontend)?.backends;
     Some(backends.iter().filter(|(_, weight)| **weight > 0).map(|(endpoint, _)| *endpoint).collect())
 }
 
@@ -115,6 +118,7 @@ fn run(desired: &Desired, applied: &mut Applied, memory: &mut Memory) -> Vec<(Me
         memory.write(&op);
         applied.apply(&op);
     }
+    applied.reclaim(|_| true);
     states.push((memory.clone(), None));
     states
 }
@@ -124,7 +128,9 @@ fn worlds() -> impl Strategy<Value = Desired> {
     prop::collection::btree_map(0u8..3, backends, 0..3).prop_map(|services| {
         let backends =
             |list: BTreeMap<u8, u16>| list.into_iter().map(|(n, weight)| (endpoint(n), weight)).collect();
-        services.into_iter().map(|(n, list)| (frontend(n), backends(list))).collect()
+        let policy = |n| if n == 0 { Policy::LeastConnections } else { Policy::RoundRobin };
+        let wanted = |n, list| Wanted { policy: policy(n), backends: backends(list) };
+        services.into_iter().map(|(n, list)| (frontend(n), wanted(n, list))).collect()
     })
 }
 
@@ -177,7 +183,7 @@ proptest! {
         check_reader(&states, &a, &b);
         prop_assert_eq!(plan(&b, &applied, Prune::Yes), Plan::default());
 
-        let weights = |world: &Desired| -> Vec<_> { world.values().flatten().map(|(at, weight)| (*at, *weight)).collect() };
+        let weights = |world: &Desired| -> Vec<_> { world.values().flat_map(|wanted| &wanted.backends).map(|(at, weight)| (*at, *weight)).collect() };
         let written = applied.services.values().flat_map(|service| &service.backends);
         let mut written: Vec<_> = written.map(|(at, backend)| (*at, backend.weight)).collect();
         let mut wanted = weights(&b);
@@ -206,11 +212,11 @@ proptest! {
         for n in 0..3 {
             prop_assert_eq!(last.reachable(&frontend(n)), selectable(&c, &frontend(n)));
         }
-        let known: usize = c.values().map(BTreeMap::len).sum();
+        let known: usize = c.values().map(|wanted| wanted.backends.len()).sum();
         prop_assert_eq!(last.backends.iter().filter(|backend| backend.in_use()).count(), known, "leaked backends");
         prop_assert_eq!(applied.alloc.backends.used() as usize, known);
         prop_assert_eq!(applied.alloc.services.used() as usize, c.len());
-        let slots = c.values().flat_map(BTreeMap::values).filter(|weight| **weight > 0).count();
+        let slots = c.values().flat_map(|wanted| wanted.backends.values()).filter(|weight| **weight > 0).count();
         prop_assert_eq!(applied.alloc.slots.used() as usize, slots);
     }
 }
@@ -288,4 +294,29 @@ fn a_service_fits_whole_or_is_refused_whole() {
     }
     assert_eq!(memory.get(), 12);
     assert!(!applied.frontends.contains_key(&frontend(1)));
+}
+
+#[test]
+fn an_id_rests_until_no_socket_is_counted_on_it() {
+    let (mut applied, mut memory) = (Applied::empty(SIZES), Memory::new());
+    run(&desired(&[(0, &[(1, 1)])]), &mut applied, &mut memory);
+    let id = applied.backend_id(&frontend(0), &endpoint(1)).unwrap();
+    let ops = plan(&desired(&[(0, &[(2, 1)])]), &applied, Prune::Yes).ops;
+    ops.iter().for_each(|op| applied.apply(op));
+    applied.reclaim(|_| false);
+    let after = plan(&desired(&[(0, &[(2, 1), (3, 1)])]), &applied, Prune::Yes).ops;
+    assert!(!after.iter().any(|op| matches!(op, Op::PutBackend { id: new, .. } if *new == id)), "{after:?}");
+    applied.reclaim(|_| true);
+    let after = plan(&desired(&[(0, &[(2, 1), (3, 1)])]), &applied, Prune::Yes).ops;
+    assert!(after.iter().any(|op| matches!(op, Op::PutBackend { id: new, .. } if *new == id)), "{after:?}");
+}
+
+#[test]
+fn a_change_of_policy_alone_is_one_change_of_the_service() {
+    let (mut applied, mut memory) = (Applied::empty(SIZES), Memory::new());
+    let mut world = desired(&[(0, &[(1, 1)])]);
+    run(&world, &mut applied, &mut memory);
+    world.get_mut(&frontend(0)).unwrap().policy = Policy::RoundRobin;
+    run(&world, &mut applied, &mut memory);
+    assert_eq!(memory.restore().services.values().next().unwrap().policy, Policy::RoundRobin);
 }

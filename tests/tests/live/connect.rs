@@ -245,3 +245,53 @@ fn a_weight_of_zero_gets_nothing_and_double_weight_twice_as_much() {
     // 200 expected of "two", and 6 sigma are 49.
     assert!((151..=249).contains(&two.hits()), "{} and {}", one.hits(), two.hits());
 }
+
+#[test]
+fn mptcp_is_translated_and_getpeername_shows_the_vip() {
+    let server = Server::start("fallback");
+    let mesh = Mesh::start(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
+    let answers = mesh.python(&format!(
+        r#"
+import socket
+IPPROTO_MPTCP = 262
+for family, vip in ((socket.AF_INET, "{VIP}"), (socket.AF_INET6, "::ffff:{VIP}")):
+    s = socket.socket(family, socket.SOCK_STREAM, IPPROTO_MPTCP)
+    s.connect((vip, 80))
+    assert s.getpeername()[:2] == (vip, 80), s.getpeername()
+    print(s.recv(9).decode())
+"#
+    ));
+    assert_eq!(answers, "fallback\nfallback");
+}
+
+#[test]
+fn mptcp_on_both_ends() {
+    let mut mesh = Mesh::prepare("");
+    let program = format!(
+        r#"
+import socket, sys
+l = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+l.bind(("127.0.0.1", 0)); l.listen()
+print(l.getsockname()[1], flush=True)
+sys.stdin.readline()
+s = socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262)
+s.connect(("{VIP}", 80))
+c, _ = l.accept()
+c.send(b"both")
+MPTCP_INFO, SOL_MPTCP = 1, 284
+assert s.getsockopt(SOL_MPTCP, MPTCP_INFO, 64), "fell back to TCP"
+print(s.getpeername(), s.recv(9).decode(), flush=True)
+"#
+    );
+    let mut client = mesh.inside("python3");
+    let client = client.args(["-c", &program]).stdin(std::process::Stdio::piped());
+    let mut client = client.stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(client.stdout.take().unwrap()));
+    let port: u16 = lines.next().unwrap().unwrap().parse().unwrap();
+    mesh.write(&service("echo", 80, VIP, &[("127.0.0.1", port)]));
+    mesh.launch();
+    mesh.ready();
+    std::io::Write::write_all(client.stdin.as_mut().unwrap(), b"\n").unwrap();
+    assert_eq!(lines.next().unwrap().unwrap(), format!("('{VIP}', 80) both"));
+    assert!(client.wait().unwrap().success());
+}

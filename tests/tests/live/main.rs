@@ -6,4 +6,5 @@ mod daemon;
 mod datagram;
 mod input;
 mod load;
+mod policy;
 mod servers;

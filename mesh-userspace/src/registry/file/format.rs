@@ -328,9 +328,8 @@ impl Checked {
         if !instances.is_empty() && instances.iter().all(|instance| instance.weight == 0) {
             return Err(problem("every instance has weight 0".into()));
         }
-        let by_weight = matches!(raw.policy, Policy::Random | Policy::LeastConnections);
         for (key, set) in [
-            ("policy", !by_weight),
+            ("policy = maglev", raw.policy == Policy::Maglev),
             ("affinity", raw.affinity.is_some()),
             ("drain", raw.drain.is_some()),
             ("retry", raw.retry.is_some()),
