@@ -5,9 +5,10 @@
 
 use std::{
     fs,
+    io::{BufRead, BufReader, Lines, Write},
     net::TcpListener,
     path::{Path, PathBuf},
-    process::{Child, Command, Output, Stdio},
+    process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Output, Stdio},
     sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
@@ -210,6 +211,13 @@ impl Mesh {
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 
+    /// A Python program inside that is led by the test, line by line.
+    pub fn dialogue(&self, program: &str) -> Dialogue {
+        let mut python = self.inside("python3");
+        python.args(["-c", program]);
+        Dialogue::start(python)
+    }
+
     pub fn cleanup(&self) -> Output {
         Command::new(binary()).args(["cleanup", "--config"]).arg(&self.config).output().unwrap()
     }
@@ -234,6 +242,38 @@ impl Drop for Mesh {
         if !gone {
             eprintln!("left behind: {}", self.cgroup.display());
         }
+    }
+}
+
+/// A program that tells how far it is and waits to be told to go on.
+pub struct Dialogue {
+    child: Child,
+    stdin: ChildStdin,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Dialogue {
+    pub fn start(mut command: Command) -> Self {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let (stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        Self { child, stdin, lines: BufReader::new(stdout).lines() }
+    }
+
+    /// The next line that it prints.
+    pub fn hear(&mut self) -> String {
+        self.lines.next().expect("the program ended").unwrap()
+    }
+
+    /// Lets it go on.
+    pub fn go_on(&mut self) {
+        self.stdin.write_all(b"\n").unwrap();
+    }
+
+    /// Closes its input, and waits for its end.
+    pub fn end(self) -> ExitStatus {
+        let Self { mut child, stdin, .. } = self;
+        drop(stdin);
+        child.wait().unwrap()
     }
 }
 

@@ -283,15 +283,12 @@ assert s.getsockopt(SOL_MPTCP, MPTCP_INFO, 64), "fell back to TCP"
 print(s.getpeername(), s.recv(9).decode(), flush=True)
 "#
     );
-    let mut client = mesh.inside("python3");
-    let client = client.args(["-c", &program]).stdin(std::process::Stdio::piped());
-    let mut client = client.stdout(std::process::Stdio::piped()).spawn().unwrap();
-    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(client.stdout.take().unwrap()));
-    let port: u16 = lines.next().unwrap().unwrap().parse().unwrap();
+    let mut client = mesh.dialogue(&program);
+    let port: u16 = client.hear().parse().unwrap();
     mesh.write(&service("echo", 80, VIP, &[("127.0.0.1", port)]));
     mesh.launch();
     mesh.ready();
-    std::io::Write::write_all(client.stdin.as_mut().unwrap(), b"\n").unwrap();
-    assert_eq!(lines.next().unwrap().unwrap(), format!("('{VIP}', 80) both"));
-    assert!(client.wait().unwrap().success());
+    client.go_on();
+    assert_eq!(client.hear(), format!("('{VIP}', 80) both"));
+    assert!(client.end().success());
 }

@@ -45,17 +45,10 @@ fn a_socket_moves_when_its_backend_goes_and_keeps_its_source_port() {
     let program = format!(
         "{ASK}\ns = udp()\nfor _ in sys.stdin:\n    print(ask(s, {VIP:?}, 53), s.getsockname()[1], flush=True)"
     );
-    let mut client = mesh.inside("python3");
-    let client = client
-        .args(["-c", &program])
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped());
-    let mut client = client.spawn().unwrap();
-    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(client.stdout.take().unwrap()));
-    let mut stdin = client.stdin.take().unwrap();
+    let mut client = mesh.dialogue(&program);
     let mut ask = || {
-        std::io::Write::write_all(&mut stdin, b"\n").unwrap();
-        lines.next().unwrap().unwrap()
+        client.go_on();
+        client.hear()
     };
     let first = ask();
     mesh.write(&only(&b));
@@ -65,8 +58,7 @@ fn a_socket_moves_when_its_backend_goes_and_keeps_its_source_port() {
     let second = ask();
     assert_eq!((&first[..1], &second[..1]), ("A", "B"));
     assert_eq!(first[1..], second[1..], "the source port");
-    drop(stdin);
-    assert!(client.wait().unwrap().success());
+    assert!(client.end().success());
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::{fs, process::Child, process::Command, process::Stdio, time::Duration};
 
-use mesh_tests::{Mesh, netns::Pair, service, text, wait_until};
+use mesh_tests::{Dialogue, Mesh, netns::Pair, service, text, wait_until};
 
 const VIP: &str = "127.128.2.1";
 
@@ -104,10 +104,9 @@ print(all(get() == first for _ in range(100)), flush=True)
 "#
     );
     let mut command = mesh.inside(&hosts.client.enter()[0]);
-    let command = command.arg(&hosts.client.enter()[1]).args(["python3", "-c", &script]);
-    let mut client = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(client.stdout.take().unwrap()));
-    let first: u16 = lines.next().unwrap().unwrap().parse().unwrap();
+    command.arg(&hosts.client.enter()[1]).args(["python3", "-c", &script]);
+    let mut client = Dialogue::start(command);
+    let first: u16 = client.hear().parse().unwrap();
 
     let other = if first == 8080 { 8081 } else { 8080 };
     mesh.write(&service("web", 80, VIP, &[("10.213.0.2", other)]));
@@ -115,8 +114,8 @@ print(all(get() == first for _ in range(100)), flush=True)
         mesh.kernel_backends(&format!("{VIP}:80")) == [format!("10.213.0.2:{other}")]
     });
     std::thread::sleep(Duration::from_millis(50));
-    std::io::Write::write_all(client.stdin.as_mut().unwrap(), b"\n").unwrap();
-    assert_eq!(lines.next().unwrap().unwrap(), "True");
-    assert!(client.wait().unwrap().success());
+    client.go_on();
+    assert_eq!(client.hear(), "True");
+    assert!(client.end().success());
     assert_eq!(curl(&mesh, &hosts, &[&format!("http://{VIP}/")]).trim(), other.to_string());
 }
