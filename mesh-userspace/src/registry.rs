@@ -68,8 +68,9 @@ impl Publisher {
         Self { all, place }
     }
 
-    /// A read that worked. Receivers are told only if it changed something.
-    pub fn synced(&self, snapshot: Option<Snapshot>, error: Option<String>) {
+    /// What came of a read: news if there are any, and what is wrong. Receivers are told only if
+    /// that changes something.
+    pub fn publish(&self, snapshot: Option<Snapshot>, error: Option<String>) {
         self.all.send_if_modified(|all| all[self.place].update(snapshot, error));
     }
 }
