@@ -110,41 +110,30 @@ impl<const V4: bool> Hook<V4> {
     #[inline(always)]
     pub(crate) fn origin(&self) -> Option<&Origin> {
         // SAFETY: a value owned by the socket, which outlives the program.
-        unsafe { storage(&maps::ORIGIN, self.socket(), ptr::null_mut(), 0).as_ref() }
+        unsafe { storage(&maps::ORIGIN, self.socket(), 0).as_ref() }
     }
 
-    /// The same in a connect hook, to be changed.
+    /// Where a connect hook keeps what the socket dials: zeroed the first time; none if there is no
+    /// memory for it.
     #[inline(always)]
-    pub(crate) fn dialled(&self) -> Option<&'static mut Origin> {
-        // SAFETY: as for `origin`; the calling thread holds the socket lock.
-        unsafe { storage(&maps::ORIGIN, self.dialling_socket(), ptr::null_mut(), 0).as_mut() }
-    }
-
-    /// Remembers `origin` with the socket; false if there is no memory for it.
-    #[inline(always)]
-    pub(crate) fn remember(&self, origin: &mut Origin) -> bool {
-        let stored = storage(&maps::ORIGIN, self.dialling_socket(), origin, CREATE);
-        if stored.is_null() {
-            return false;
-        }
-        // SAFETY: as for `origin`. The calling thread holds the socket lock, so nothing else writes here.
-        unsafe { *stored = *origin };
-        true
+    pub(crate) fn origin_mut(&self) -> Option<&'static mut Origin> {
+        // SAFETY: as for `origin`; the calling thread holds the socket lock, so nothing else writes here.
+        unsafe { storage(&maps::ORIGIN, self.dialling_socket(), CREATE).as_mut() }
     }
 
     /// The backends an unconnected socket talks to, if there are any.
     #[inline(always)]
     pub(crate) fn peers(&self) -> Option<&Peers> {
         // SAFETY: as for `origin`.
-        unsafe { storage(&maps::PEERS, self.socket(), ptr::null_mut(), 0).as_ref() }
+        unsafe { storage(&maps::PEERS, self.socket(), 0).as_ref() }
     }
 
-    /// The same, made now if need be; none if there is no memory for it. Two threads may send on
+    /// The same, zeroed the first time; none if there is no memory for it. Two threads may send on
     /// one socket at once: at worst one of them draws a backend again.
     #[inline(always)]
     pub(crate) fn peers_mut(&self) -> Option<&'static mut Peers> {
-        // SAFETY: as for `origin`; without an initial value the kernel zeroes it.
-        unsafe { storage(&maps::PEERS, self.socket(), ptr::null_mut(), CREATE).as_mut() }
+        // SAFETY: as for `origin`.
+        unsafe { storage(&maps::PEERS, self.socket(), CREATE).as_mut() }
     }
 
     #[inline(always)]
@@ -166,12 +155,13 @@ impl<const V4: bool> Hook<V4> {
 
 const CREATE: u64 = BPF_SK_STORAGE_GET_F_CREATE as u64;
 
-/// A socket's value in a storage map; null if there is none, or no memory for a new one.
+/// A socket's value in a storage map; null if there is none, or no memory for a new one. The
+/// kernel zeroes a new one.
 #[inline(always)]
-pub(crate) fn storage<T>(map: &SkStorage<T>, socket: *mut c_void, value: *mut T, flags: u64) -> *mut T {
+pub(crate) fn storage<T>(map: &SkStorage<T>, socket: *mut c_void, flags: u64) -> *mut T {
     let map = ptr::from_ref(map).cast_mut().cast();
     // SAFETY: the map holds values of type T, and the verifier has seen where the socket comes from.
-    unsafe { bpf_sk_storage_get(map, socket, value.cast(), flags).cast() }
+    unsafe { bpf_sk_storage_get(map, socket, ptr::null_mut(), flags).cast() }
 }
 
 /// A verdict as the kernel wants it: 0 alone would be EPERM, so the errno goes first.

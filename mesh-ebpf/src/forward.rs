@@ -40,15 +40,12 @@ fn finish(result: Result<Outcome, Outcome>) -> i32 {
 #[inline(always)]
 fn translate<const V4: bool>(hook: &Hook<V4>) -> Result<Outcome, Outcome> {
     let service = Service::dialled(hook)?;
-    let mut origin = Origin { counted: 1, ..service.choose()? };
+    let origin = service.choose()?;
     send_to(hook, &origin)?;
-    // A socket that tries again has left its last backend.
-    if let Some(before) = hook.dialled() {
-        release(before);
-    }
-    if !hook.remember(&mut origin) {
-        return Ok(Outcome::OriginLost);
-    }
+    let Some(stored) = hook.origin_mut() else { return Ok(Outcome::OriginLost) };
+    // A socket that dials again has left its last backend.
+    release(stored);
+    *stored = Origin { counted: 1, ..origin };
     maps::add_load(origin.backend, 1);
     Ok(Outcome::Translated)
 }

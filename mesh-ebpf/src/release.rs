@@ -1,7 +1,5 @@
 //! The end of a socket, whichever way it comes: the task closed it, or is gone.
 
-use core::ptr;
-
 use aya_ebpf::programs::SockContext;
 
 use crate::{
@@ -13,7 +11,7 @@ use crate::{
 #[expect(clippy::needless_pass_by_value, reason = "a hook's context is given to one function")]
 pub(crate) fn run(ctx: SockContext) -> i32 {
     // SAFETY: a value owned by the socket, which outlives the program; nobody else has the socket any more.
-    if let Some(origin) = unsafe { storage(&maps::ORIGIN, ctx.sock.cast(), ptr::null_mut(), 0).as_mut() } {
+    if let Some(origin) = unsafe { storage(&maps::ORIGIN, ctx.sock.cast(), 0).as_mut() } {
         forward::release(origin);
     }
     context::ALLOW

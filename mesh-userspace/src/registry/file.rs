@@ -111,6 +111,8 @@ pub struct Source {
     rules: Rules,
     files: BTreeMap<PathBuf, Entry>,
     published: Option<Snapshot>,
+    /// What was wrong when the files were last merged.
+    error: Option<FileError>,
     /// Whether an earlier source of the same path has published: then less than everything is not
     /// news, but a loss.
     succeeds: bool,
@@ -118,7 +120,7 @@ pub struct Source {
 
 impl Source {
     pub fn new(path: PathBuf, rules: Rules, succeeds: bool) -> Self {
-        Self { path, rules, files: BTreeMap::new(), published: None, succeeds }
+        Self { path, rules, files: BTreeMap::new(), published: None, error: None, succeeds }
     }
 
     /// The folder whose changes matter, and the one name in it if this is about one file.
@@ -143,7 +145,9 @@ impl Source {
             );
             return News { snapshot: None, error: Some(error) };
         }
+        let known = self.files.len();
         self.files.retain(|path, _| paths.contains(path));
+        let mut changed = self.files.len() != known;
         for path in paths {
             let entry = self.files.entry(path.clone()).or_default();
             let signature = Signature::of(&path).ok();
@@ -156,12 +160,23 @@ impl Source {
             if due {
                 entry.read(&path, &self.rules, self.succeeds);
                 entry.read = signature;
+                changed = true;
             }
         }
-        self.merge()
+        // A look that finds nothing new, once a second, must cost next to nothing.
+        if changed || self.published.is_none() {
+            return self.merge();
+        }
+        News { snapshot: None, error: self.error.clone() }
     }
 
     fn merge(&mut self) -> News {
+        let news = self.merge_files();
+        self.error.clone_from(&news.error);
+        news
+    }
+
+    fn merge_files(&mut self) -> News {
         let mut error = None;
         let mut claims = Claims::default();
         let mut snapshot = Snapshot { services: Vec::new(), complete: !self.files.is_empty() };

@@ -197,7 +197,9 @@ fn a_configuration_without_registries_removes_nothing() {
     let config = fs::read_to_string(&mesh.config).unwrap();
     fs::write(&mesh.config, "").unwrap();
     mesh.hang_up();
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    wait_until("the registry is gone", || mesh.json(&["registry", "list"]).as_array().unwrap().is_empty());
+    wait_until("the service is forgotten", || mesh.json(&["service", "list"]).as_array().unwrap().is_empty());
+    mesh.ready();
     assert_eq!(dial(&mesh), "echo");
     assert_eq!(mesh.json(&["explain", &format!("{VIP}:80")])[0]["verdict"], "translated");
     mesh.kill();

@@ -138,7 +138,7 @@ fn a_directory_that_vanishes_takes_nothing_along_and_is_noticed_when_it_is_back(
     wait_until("the new folder's content", || {
         mesh.kernel_backends(&format!("{VIP}:80")) == [format!("127.0.0.1:{}", two.port())]
     });
-    // And it is watched again, not merely polled: many changes, each soon.
+    // And what changes in it from then on is followed.
     for server in [&one, &two, &one] {
         mesh.write(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
         wait_until("a change", || {

@@ -271,3 +271,15 @@ fn large_files_are_taken_in_every_format() {
     assert_eq!(news.error, None);
     assert_eq!(news.snapshot.unwrap().services[0].instances.len(), 65_536);
 }
+
+#[test]
+fn a_look_that_finds_nothing_new_still_tells_what_is_wrong() {
+    let dir = TempDir::new().unwrap();
+    let mut source = source(&dir, "s.toml", GOOD);
+    assert!(source.read(&Which::All).snapshot.is_some());
+    fs::write(dir.path().join("s.toml"), "[[service]]\nname = ").unwrap();
+    let told = source.read(&Which::All).error;
+    assert!(told.is_some());
+    let again = source.read(&Which::Settled);
+    assert_eq!((again.snapshot, again.error), (None, told));
+}
