@@ -5,6 +5,7 @@
 
 use crate::{
     address::{Address, Prefix},
+    health::HealthWord,
     select::Policy,
 };
 
@@ -78,19 +79,28 @@ pub struct ServiceWord(pub u64);
 impl ServiceWord {
     const EXISTS: u64 = 1 << 48;
     const POLICY: u32 = 49;
+    const STICKY: u64 = 1 << 52;
 
     /// `base` and `count` must be at most [`MAX_INDEX`].
-    pub const fn new(base: u32, count: u32, policy: Policy) -> Self {
+    pub const fn new(base: u32, count: u32, policy: Policy, sticky: bool) -> Self {
         assert!(base <= MAX_INDEX && count <= MAX_INDEX);
-        Self(base as u64 | (count as u64) << 24 | Self::EXISTS | (policy as u64) << Self::POLICY)
+        let sticky = if sticky { Self::STICKY } else { 0 };
+        Self(base as u64 | (count as u64) << 24 | Self::EXISTS | (policy as u64) << Self::POLICY | sticky)
+    }
+
+    /// Whether a workload keeps its backend: the service has an affinity.
+    #[inline(always)]
+    pub const fn is_sticky(self) -> bool {
+        self.0 & Self::STICKY != 0
     }
 
     /// How a backend is chosen.
     #[inline(always)]
     pub const fn policy(self) -> Policy {
-        match (self.0 >> Self::POLICY) & 3 {
+        match (self.0 >> Self::POLICY) & 7 {
             1 => Policy::LeastConnections,
             2 => Policy::RoundRobin,
+            3 => Policy::Maglev,
             _ => Policy::Random,
         }
     }
@@ -179,7 +189,67 @@ impl Backend {
     }
 }
 
-/// Value of `ORIGIN`, kept with a connected socket: what it dialled and what it got.
+/// Value of `SETTINGS`: what a service's connects follow. Words, so that each is valid on its own
+/// while the daemon changes them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Settings {
+    /// How long a workload keeps its backend, in milliseconds since it last dialled.
+    pub affinity_ms: u64,
+    pub eject: Eject,
+    pub penalty: Penalty,
+    /// How long sockets outlive the backend they are connected to, in milliseconds.
+    pub drain_ms: u64,
+}
+
+/// When a backend is ejected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C, align(8))]
+pub struct Eject {
+    /// After so many failed connects in a row; zero is never.
+    pub failures: u32,
+    /// While fewer than this many of the service's backends are.
+    pub most: u32,
+}
+
+/// For how long.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C, align(8))]
+pub struct Penalty {
+    pub base_ms: u32,
+    pub max_ms: u32,
+}
+
+impl Settings {
+    /// Words of one entry.
+    pub const WORDS: u32 = 4;
+
+    pub const fn words(&self) -> [u64; Self::WORDS as usize] {
+        [
+            self.affinity_ms,
+            pair(self.eject.failures, self.eject.most),
+            pair(self.penalty.base_ms, self.penalty.max_ms),
+            self.drain_ms,
+        ]
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "halves of a word")]
+    pub const fn from_words(words: [u64; Self::WORDS as usize]) -> Self {
+        let [affinity_ms, eject, penalty, drain_ms] = words;
+        Self {
+            affinity_ms,
+            eject: Eject { failures: eject as u32, most: (eject >> 32) as u32 },
+            penalty: Penalty { base_ms: penalty as u32, max_ms: (penalty >> 32) as u32 },
+            drain_ms,
+        }
+    }
+}
+
+const fn pair(low: u32, high: u32) -> u64 {
+    low as u64 | (high as u64) << 32
+}
+
+/// What was dialled, and what it was translated to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Origin {
@@ -189,8 +259,80 @@ pub struct Origin {
     pub backend_port: Port,
     pub service: u32,
     pub backend: u32,
-    /// One while the socket is counted in `LOAD`.
-    pub counted: u32,
+}
+
+/// What is known of a connected socket: value of `ORIGIN`, and what `SOCKETS` holds of each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Connection {
+    /// The backend on whose count the socket is; zero if on none. Exchanged in one step, so that
+    /// whoever takes the socket off does it once.
+    pub held: u64,
+    pub origin: Origin,
+    /// [`PROBE`](Self::PROBE), and the sock_ops callbacks that this connect asked for.
+    pub flags: u32,
+}
+
+impl Connection {
+    /// This connect asks whether an ejected backend works again.
+    pub const PROBE: u32 = 1 << 31;
+}
+
+/// A connected socket in `SOCKETS`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Socket {
+    /// The kernel's number for the socket, never used again; zero where there is none.
+    pub cookie: u64,
+    pub connection: Connection,
+}
+
+/// Value of `SOCKETS`: the places of the sockets whose cookies are equal modulo [`SETS`]. A socket
+/// that finds none free keeps its connection in `ORIGIN`, where a new entry costs more.
+pub type Set = [Socket; WAYS];
+pub const WAYS: usize = 4;
+/// How many sets there are, a power of two.
+pub const SETS: u32 = 8192;
+
+/// Key of `AFFINITY`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(C)]
+pub struct Client {
+    /// The cgroup of the task that dials.
+    pub workload: u64,
+    pub service: u32,
+    zero: u32,
+}
+
+impl Client {
+    #[inline(always)]
+    pub const fn new(workload: u64, service: u32) -> Self {
+        Self { workload, service, zero: 0 }
+    }
+}
+
+/// Value of `AFFINITY`: the backend a workload has, and when it last dialled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct AffinityWord(pub u64);
+
+impl AffinityWord {
+    /// Times wrap after 34 years of uptime.
+    #[inline(always)]
+    pub const fn new(backend: u32, now_ms: u64) -> Self {
+        Self(backend as u64 | now_ms << 24)
+    }
+
+    #[inline(always)]
+    pub const fn backend(self) -> u32 {
+        low24(self.0)
+    }
+
+    /// Whether the backend was last dialled within `timeout_ms`.
+    #[inline(always)]
+    pub const fn holds(self, now_ms: u64, timeout_ms: u64) -> bool {
+        now_ms.saturating_sub(self.0 >> 24) <= timeout_ms
+    }
 }
 
 /// How many VIPs an unconnected UDP socket can talk to at a time.
@@ -208,8 +350,12 @@ pub struct Peers {
 const _: () = {
     assert!(size_of::<Frontend>() == 20 && align_of::<Frontend>() == 4);
     assert!(size_of::<Backend>() == 28 && align_of::<Backend>() == 4);
-    assert!(size_of::<Origin>() == 48 && align_of::<Origin>() == 4);
-    assert!(size_of::<Peers>() == MAX_PEERS * 48 + 4);
+    assert!(size_of::<Origin>() == 44 && align_of::<Origin>() == 4);
+    assert!(size_of::<Connection>() == 56 && size_of::<Socket>() == 64 && size_of::<Set>() == 256);
+    assert!(size_of::<Peers>() == MAX_PEERS * 44 + 4);
+    assert!(size_of::<Settings>() == 8 * Settings::WORDS as usize);
+    assert!(size_of::<HealthWord>() == 8 && size_of::<AffinityWord>() == 8);
+    assert!(size_of::<Client>() == 16 && SETS.is_power_of_two());
     assert!(size_of::<Prefix>() == 32);
     assert!(size_of::<ServiceWord>() == 8 && size_of::<SlotWord>() == 8);
 };
@@ -218,14 +364,22 @@ const _: () = {
 pub mod map {
     pub const FRONTENDS: &str = "FRONTENDS";
     pub const SERVICES: &str = "SERVICES";
+    pub const SETTINGS: &str = "SETTINGS";
     pub const SLOTS: &str = "SLOTS";
     pub const BACKENDS: &str = "BACKENDS";
     pub const LOAD: &str = "LOAD";
+    pub const HEALTH: &str = "HEALTH";
+    pub const EJECTED: &str = "EJECTED";
     pub const CURSORS: &str = "CURSORS";
+    pub const AFFINITY: &str = "AFFINITY";
+    pub const SOCKETS: &str = "SOCKETS";
     pub const ORIGIN: &str = "ORIGIN";
     pub const PEERS: &str = "PEERS";
     pub const STATS: &str = "STATS";
-    pub const ALL: [&str; 9] = [FRONTENDS, SERVICES, SLOTS, BACKENDS, LOAD, CURSORS, ORIGIN, PEERS, STATS];
+    pub const ALL: [&str; 14] = [
+        FRONTENDS, SERVICES, SETTINGS, SLOTS, BACKENDS, LOAD, HEALTH, EJECTED, CURSORS, AFFINITY, SOCKETS,
+        ORIGIN, PEERS, STATS,
+    ];
 }
 
 #[cfg(feature = "user")]
@@ -254,17 +408,35 @@ mod tests {
 
     #[test]
     fn an_empty_service_still_differs_from_none() {
-        assert!(ServiceWord::new(0, 0, Policy::Random).exists());
+        assert!(ServiceWord::new(0, 0, Policy::Random, false).exists());
         assert!(!ServiceWord::default().exists());
+    }
+
+    #[test]
+    fn an_affinity_ends_when_it_was_not_used_for_as_long() {
+        let word = AffinityWord::new(MAX_INDEX, 1_000_000);
+        assert_eq!(word.backend(), MAX_INDEX);
+        assert!(word.holds(1_000_000, 0) && word.holds(1_000_500, 500) && !word.holds(1_000_501, 500));
+        // Another CPU's clock may be a little behind.
+        assert!(word.holds(999_999, 0));
     }
 
     proptest! {
         #[test]
         fn a_service_word_round_trips(base in 0..=MAX_INDEX, count in 0..=MAX_INDEX) {
-            for policy in [Policy::Random, Policy::LeastConnections, Policy::RoundRobin] {
-                let word = ServiceWord::new(base, count, policy);
-                prop_assert_eq!((word.base(), word.count(), word.policy()), (base, count, policy));
+            for policy in [Policy::Random, Policy::LeastConnections, Policy::RoundRobin, Policy::Maglev] {
+                for sticky in [false, true] {
+                    let word = ServiceWord::new(base, count, policy, sticky);
+                    prop_assert_eq!((word.base(), word.count(), word.policy()), (base, count, policy));
+                    prop_assert!(word.exists() && word.is_sticky() == sticky);
+                }
             }
+        }
+
+        #[test]
+        fn settings_round_trip(words: [u64; 4]) {
+            let settings = Settings::from_words(words);
+            prop_assert_eq!(settings.words(), words);
         }
 
         #[test]

@@ -7,5 +7,6 @@
 
 pub mod abi;
 pub mod address;
+pub mod health;
 pub mod outcome;
 pub mod select;

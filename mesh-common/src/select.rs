@@ -13,6 +13,8 @@ pub enum Policy {
     LeastConnections = 1,
     /// One after the other, as often as their weights say.
     RoundRobin = 2,
+    /// Always the same for the same client, while the backends stay.
+    Maglev = 3,
 }
 
 /// One random draw: which slot, and a fraction that decides between its backend and its alias.
@@ -47,6 +49,17 @@ pub const fn turn(turn: u64, count: u32) -> Draw {
     let count = if count == 0 { 1 } else { count as u64 };
     let round = turn / count;
     Draw { slot: (turn % count) as u32, fraction: (round.wrapping_mul(GOLDEN) + (1 << 15)) as u16 }
+}
+
+/// The draw of a client: always the same, and another one at each further attempt. Only the slot
+/// matters in a Maglev table.
+#[inline(always)]
+pub const fn hashed(client: u64, attempt: u32, count: u32) -> Draw {
+    // The finisher of MurmurHash3.
+    let mut hash = client ^ (attempt as u64) << 56;
+    hash = (hash ^ hash >> 33).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    hash = (hash ^ hash >> 33).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    draw((hash >> 32) as u32, count)
 }
 
 /// Whether a backend with `load` connections and `weight` is the better choice, or as good.
@@ -103,6 +116,20 @@ mod tests {
         }
         // 1,000 rounds, a quarter each; chance alone would be off by 14 on average.
         assert!(below.iter().all(|below| (248..=252).contains(below)), "{below:?}");
+    }
+
+    #[test]
+    fn clients_are_spread_evenly_and_keep_their_slot() {
+        let mut hits = [0u32; 16];
+        for client in 0..16_000 {
+            let draw = hashed(client, 0, 16);
+            assert_eq!(draw, hashed(client, 0, 16));
+            hits[draw.slot as usize] += 1;
+        }
+        // 15 degrees of freedom: above 37.7 once in 1,000.
+        let chi_square: f64 = hits.iter().map(|hits| (f64::from(*hits) - 1000.0).powi(2) / 1000.0).sum();
+        assert!(chi_square < 37.7, "{hits:?}");
+        assert!((0..100).any(|client| hashed(client, 0, 16).slot != hashed(client, 1, 16).slot));
     }
 
     #[test]

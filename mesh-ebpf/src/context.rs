@@ -2,23 +2,24 @@
 
 use core::{
     ffi::c_void,
-    ptr::{self, read_volatile, write_volatile},
+    ptr::{read_volatile, write_volatile},
 };
 
 use aya_ebpf::{
-    bindings::BPF_SK_STORAGE_GET_F_CREATE,
     bindings::bpf_sock_addr,
-    btf_maps::SkStorage,
-    helpers::generated::{bpf_set_retval, bpf_sk_storage_get, bpf_skc_to_mptcp_sock},
+    helpers::generated::{bpf_get_socket_cookie, bpf_set_retval, bpf_skc_to_mptcp_sock},
     programs::SockAddrContext,
 };
 use mesh_common::{
-    abi::{Frontend, Origin, Peers, Port},
+    abi::{Connection, Frontend, Peers, Port},
     address::Address,
     outcome::Verdict,
 };
 
-use crate::maps;
+use crate::{
+    maps,
+    sockets::{self, CREATE, storage},
+};
 
 /// Goes back to the kernel: let the call go on.
 pub(crate) const ALLOW: i32 = 1;
@@ -108,23 +109,29 @@ impl<const V4: bool> Hook<V4> {
 
     /// What a connected socket dialled.
     #[inline(always)]
-    pub(crate) fn origin(&self) -> Option<&Origin> {
-        // SAFETY: a value owned by the socket, which outlives the program.
-        unsafe { storage(&maps::ORIGIN, self.socket(), 0).as_ref() }
+    pub(crate) fn connection(&self) -> Option<&'static mut Connection> {
+        sockets::connection(self.cookie(), self.socket())
     }
 
-    /// Where a connect hook keeps what the socket dials: zeroed the first time; none if there is no
-    /// memory for it.
+    /// Where a connect hook keeps what the socket dials; none if there is no memory for it.
     #[inline(always)]
-    pub(crate) fn origin_mut(&self) -> Option<&'static mut Origin> {
-        // SAFETY: as for `origin`; the calling thread holds the socket lock, so nothing else writes here.
-        unsafe { storage(&maps::ORIGIN, self.dialling_socket(), CREATE).as_mut() }
+    pub(crate) fn new_connection(&self) -> Option<&'static mut Connection> {
+        // SAFETY: a plain helper call (Linux 5.19); null for a socket that is no subflow.
+        let parent = unsafe { bpf_skc_to_mptcp_sock(self.socket()) };
+        if parent.is_null() {
+            return sockets::new_connection(self.cookie(), self.socket());
+        }
+        // An MPTCP socket connects through a subflow, a socket that the kernel made, and that is
+        // what this hook is given; but `getpeername` is asked of the MPTCP socket, and it is what
+        // the task closes.
+        // SAFETY: a value owned by the socket, which outlives the program.
+        unsafe { storage(&maps::ORIGIN, parent.cast(), CREATE).as_mut() }
     }
 
     /// The backends an unconnected socket talks to, if there are any.
     #[inline(always)]
     pub(crate) fn peers(&self) -> Option<&Peers> {
-        // SAFETY: as for `origin`.
+        // SAFETY: as for `new_connection`.
         unsafe { storage(&maps::PEERS, self.socket(), 0).as_ref() }
     }
 
@@ -132,7 +139,7 @@ impl<const V4: bool> Hook<V4> {
     /// one socket at once: at worst one of them draws a backend again.
     #[inline(always)]
     pub(crate) fn peers_mut(&self) -> Option<&'static mut Peers> {
-        // SAFETY: as for `origin`.
+        // SAFETY: as for `new_connection`.
         unsafe { storage(&maps::PEERS, self.socket(), CREATE).as_mut() }
     }
 
@@ -142,26 +149,11 @@ impl<const V4: bool> Hook<V4> {
         unsafe { (*self.raw()).__bindgen_anon_1.sk.cast() }
     }
 
-    /// The socket that the task holds. An MPTCP socket connects through a subflow, a socket that
-    /// the kernel made, and that is what a connect hook is given; but `getpeername` is asked of
-    /// the MPTCP socket, and it is what the task closes.
     #[inline(always)]
-    fn dialling_socket(&self) -> *mut c_void {
-        // SAFETY: a plain helper call (Linux 5.19); null for a socket that is no subflow.
-        let parent = unsafe { bpf_skc_to_mptcp_sock(self.socket()) };
-        if parent.is_null() { self.socket() } else { parent.cast() }
+    fn cookie(&self) -> u64 {
+        // SAFETY: a plain helper call on the hook's own context.
+        unsafe { bpf_get_socket_cookie(self.raw().cast()) }
     }
-}
-
-const CREATE: u64 = BPF_SK_STORAGE_GET_F_CREATE as u64;
-
-/// A socket's value in a storage map; null if there is none, or no memory for a new one. The
-/// kernel zeroes a new one.
-#[inline(always)]
-pub(crate) fn storage<T>(map: &SkStorage<T>, socket: *mut c_void, flags: u64) -> *mut T {
-    let map = ptr::from_ref(map).cast_mut().cast();
-    // SAFETY: the map holds values of type T, and the verifier has seen where the socket comes from.
-    unsafe { bpf_sk_storage_get(map, socket, ptr::null_mut(), flags).cast() }
 }
 
 /// A verdict as the kernel wants it: 0 alone would be EPERM, so the errno goes first.

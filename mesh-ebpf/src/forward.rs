@@ -1,16 +1,22 @@
 //! Forward translation: VIP → backend.
 
-use aya_ebpf::helpers::generated::bpf_get_prandom_u32;
+use aya_ebpf::helpers::generated::{bpf_get_current_cgroup_id, bpf_get_prandom_u32};
 use mesh_common::{
-    abi::{Backend, Frontend, MAX_PEERS, Origin, Peers, ServiceWord},
+    abi::{Backend, Client, Connection, Frontend, MAX_PEERS, Origin, Peers, ServiceWord},
+    health::Fitness,
     outcome::Outcome,
     select::{self, Draw, Policy},
 };
 
 use crate::{
     context::{self, Hook},
-    maps,
+    health, maps,
 };
+
+/// Where the first draw leads to an ejected backend: how many more there are, and how many slots
+/// are then searched, one after the other, before health is ignored.
+const DRAWS: u32 = 8;
+const SEARCH: u32 = 32;
 
 /// A `connect()`, of any protocol.
 #[inline(always)]
@@ -40,13 +46,12 @@ fn finish(result: Result<Outcome, Outcome>) -> i32 {
 #[inline(always)]
 fn translate<const V4: bool>(hook: &Hook<V4>) -> Result<Outcome, Outcome> {
     let service = Service::dialled(hook)?;
-    let origin = service.choose()?;
+    let Choice { origin, flags } = service.choose()?;
     send_to(hook, &origin)?;
-    let Some(stored) = hook.origin_mut() else { return Ok(Outcome::OriginLost) };
-    // A socket that dials again has left its last backend.
-    release(stored);
-    *stored = Origin { counted: 1, ..origin };
-    maps::add_load(origin.backend, 1);
+    let Some(connection) = hook.new_connection() else { return Ok(Outcome::OriginLost) };
+    connection.origin = origin;
+    connection.flags = flags;
+    maps::hold(connection, origin.backend);
     Ok(Outcome::Translated)
 }
 
@@ -55,7 +60,7 @@ fn translate<const V4: bool>(hook: &Hook<V4>) -> Result<Outcome, Outcome> {
 fn translate_datagram<const V4: bool>(hook: &Hook<V4>) -> Result<Outcome, Outcome> {
     let service = Service::dialled(hook)?;
     let Some(peers) = hook.peers_mut() else {
-        send_to(hook, &service.choose()?)?;
+        send_to(hook, &service.choose()?.origin)?;
         return Ok(Outcome::OriginLost);
     };
     let known = peers.peers.iter().position(|peer| service.is_dialled_by(peer));
@@ -65,19 +70,10 @@ fn translate_datagram<const V4: bool>(hook: &Hook<V4>) -> Result<Outcome, Outcom
         send_to(hook, peer)?;
         return Ok(Outcome::Continued);
     }
-    let origin = service.choose()?;
+    let origin = service.choose()?.origin;
     send_to(hook, &origin)?;
     store(peers, known, origin);
     Ok(Outcome::Translated)
-}
-
-/// Takes a socket off its backend's count, if it is on it.
-#[inline(always)]
-pub(crate) fn release(origin: &mut Origin) {
-    if origin.counted == 1 {
-        origin.counted = 0;
-        maps::add_load(origin.backend, -1);
-    }
 }
 
 #[inline(always)]
@@ -96,6 +92,36 @@ fn store(peers: &mut Peers, known: Option<usize>, origin: Origin) {
 #[inline(always)]
 fn send_to<const V4: bool>(hook: &Hook<V4>, origin: &Origin) -> Result<(), Outcome> {
     if hook.rewrite(&origin.backend_address, origin.backend_port) { Ok(()) } else { Err(Outcome::BadTable) }
+}
+
+/// A backend for a call.
+struct Choice {
+    origin: Origin,
+    /// For the call's [`Connection`].
+    flags: u32,
+}
+
+/// A backend that a draw led to.
+struct Drawn {
+    id: u32,
+    weight: u16,
+    fitness: Fitness,
+}
+
+impl Drawn {
+    /// The one that is due to be tried, else the one with fewer connections for its weight.
+    #[inline(always)]
+    fn or_better(self, other: Self) -> Self {
+        let stays = match (self.fitness, other.fitness) {
+            (Fitness::Due, _) | (_, Fitness::Ejected) => true,
+            (Fitness::Ejected, _) | (_, Fitness::Due) => false,
+            (Fitness::Fit, Fitness::Fit) => {
+                let (load, other_load) = (maps::load_of(self.id), maps::load_of(other.id));
+                select::is_lighter(load, self.weight, other_load, other.weight)
+            }
+        };
+        if stays { self } else { other }
+    }
 }
 
 /// A service that a call dialled.
@@ -120,30 +146,105 @@ impl Service {
         Ok(Self { frontend, id, word })
     }
 
+    /// The workload's own backend, or one by the service's policy.
     #[inline(always)]
-    fn choose(&self) -> Result<Origin, Outcome> {
-        let count = self.word.count();
-        let draw = match self.word.policy() {
-            Policy::RoundRobin => select::turn(maps::take_turn(self.id), count),
-            Policy::Random | Policy::LeastConnections => random_draw(count),
-        };
-        let (mut id, mut backend) = self.at(draw)?;
-        if self.word.policy() == Policy::LeastConnections && count > 1 {
-            let (other_id, other) = self.at(random_draw(count))?;
-            let (load, other_load) = (maps::load_of(id), maps::load_of(other_id));
-            if !select::is_lighter(load, backend.weight, other_load, other.weight) {
-                (id, backend) = (other_id, other);
+    fn choose(&self) -> Result<Choice, Outcome> {
+        let timeout_ms = maps::settings(self.id).map_or(0, |settings| settings.affinity_ms);
+        if !self.word.is_sticky() || timeout_ms == 0 {
+            return self.draw();
+        }
+        let (client, now) = (Client::new(workload(), self.id), health::now_ms());
+        if let Some(id) = maps::affinity(&client, now, timeout_ms)
+            && let Some(backend) = maps::backend(id)
+            && self.may_use(backend)
+        {
+            match self.fitness(id) {
+                Fitness::Fit => return Ok(self.choice(id, backend, 0)),
+                Fitness::Due => return Ok(self.choice(id, backend, Connection::PROBE)),
+                Fitness::Ejected => {}
             }
         }
-        Ok(Origin {
+        let choice = self.draw()?;
+        maps::set_affinity(&client, now, choice.origin.backend);
+        Ok(choice)
+    }
+
+    /// A backend by the service's policy, an ejected one only if there is no other to be found.
+    #[inline(always)]
+    fn draw(&self) -> Result<Choice, Outcome> {
+        let count = self.word.count();
+        let mut drawn = self.drawn(self.next(count))?;
+        if self.word.policy() == Policy::LeastConnections && count > 1 {
+            drawn = drawn.or_better(self.drawn(random_draw(count))?);
+        }
+        let (id, flags) = match drawn.fitness {
+            Fitness::Fit => (drawn.id, 0),
+            Fitness::Due => (drawn.id, Connection::PROBE),
+            Fitness::Ejected => self.search(count).unwrap_or((drawn.id, 0)),
+        };
+        Ok(self.choice(id, maps::backend(id).ok_or(Outcome::BadTable)?, flags))
+    }
+
+    /// Another backend that is not ejected: by a few more draws, then from slot to slot.
+    #[inline(always)]
+    fn search(&self, count: u32) -> Option<(u32, u32)> {
+        let (penalty, now) = (maps::settings(self.id)?.penalty, health::now_ms());
+        let seed = if self.word.policy() == Policy::Maglev { workload() } else { u64::from(random()) };
+        for attempt in 1..=DRAWS + SEARCH {
+            let draw = if attempt <= DRAWS {
+                select::hashed(seed, attempt, count)
+            } else {
+                Draw { fraction: 0, ..select::turn(seed.wrapping_add(u64::from(attempt)), count) }
+            };
+            let slot = maps::slot(self.word.base() + draw.slot)?;
+            let id = if attempt <= DRAWS { select::pick(slot, draw.fraction) } else { slot.backend() };
+            match health::fitness(id, now, penalty) {
+                Fitness::Fit => return Some((id, 0)),
+                Fitness::Due => return Some((id, Connection::PROBE)),
+                Fitness::Ejected => {}
+            }
+        }
+        None
+    }
+
+    #[inline(always)]
+    fn next(&self, count: u32) -> Draw {
+        match self.word.policy() {
+            Policy::RoundRobin => select::turn(maps::take_turn(self.id), count),
+            Policy::Maglev => select::hashed(workload(), 0, count),
+            Policy::Random | Policy::LeastConnections => random_draw(count),
+        }
+    }
+
+    #[inline(always)]
+    fn drawn(&self, draw: Draw) -> Result<Drawn, Outcome> {
+        let (id, backend) = self.at(draw)?;
+        Ok(Drawn { id, weight: backend.weight, fitness: self.fitness(id) })
+    }
+
+    /// Whether a backend may be chosen now. Hardly ever is there more to it than one look-up.
+    #[inline(always)]
+    fn fitness(&self, id: u32) -> Fitness {
+        if !maps::health(id).is_ejected() {
+            return Fitness::Fit;
+        }
+        match maps::settings(self.id) {
+            Some(settings) => health::fitness(id, health::now_ms(), settings.penalty),
+            None => Fitness::Fit,
+        }
+    }
+
+    #[inline(always)]
+    fn choice(&self, id: u32, backend: &Backend, flags: u32) -> Choice {
+        let origin = Origin {
             vip: self.frontend.address,
             vip_port: self.frontend.port,
             backend_address: backend.address,
             backend_port: backend.port,
             service: self.id,
             backend: id,
-            counted: 0,
-        })
+        };
+        Choice { origin, flags }
     }
 
     /// The backend that a draw leads to.
@@ -159,12 +260,17 @@ impl Service {
         peer.vip_port == self.frontend.port && peer.vip == self.frontend.address
     }
 
+    /// Whether a backend is this service's and gets new connections.
+    #[inline(always)]
+    fn may_use(&self, backend: &Backend) -> bool {
+        backend.weight > 0 && backend.service == self.id
+    }
+
     /// Ids are used again, so the entry must still be this service's backend at this address.
     #[inline(always)]
     fn still_selects(&self, peer: &Origin) -> bool {
         maps::backend(peer.backend).is_some_and(|backend| {
-            backend.weight > 0
-                && backend.service == self.id
+            self.may_use(backend)
                 && backend.port == peer.backend_port
                 && backend.address == peer.backend_address
         })
@@ -173,6 +279,18 @@ impl Service {
 
 #[inline(always)]
 fn random_draw(count: u32) -> Draw {
+    select::draw(random(), count)
+}
+
+#[inline(always)]
+fn random() -> u32 {
     // SAFETY: a plain helper call.
-    select::draw(unsafe { bpf_get_prandom_u32() }, count)
+    unsafe { bpf_get_prandom_u32() }
+}
+
+/// Who dials: the cgroup of the task, which is a container's own.
+#[inline(always)]
+fn workload() -> u64 {
+    // SAFETY: a plain helper call.
+    unsafe { bpf_get_current_cgroup_id() }
 }

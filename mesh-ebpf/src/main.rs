@@ -10,13 +10,15 @@
 
 mod context;
 mod forward;
+mod health;
 mod maps;
 mod release;
 mod reverse;
+mod sockets;
 
 use aya_ebpf::{
-    macros::{cgroup_sock, cgroup_sock_addr},
-    programs::{SockAddrContext, SockContext},
+    macros::{cgroup_sock, cgroup_sock_addr, sock_ops},
+    programs::{SockAddrContext, SockContext, SockOpsContext},
 };
 
 use crate::context::Hook;
@@ -33,12 +35,12 @@ fn mesh_connect6(ctx: SockAddrContext) -> i32 {
 
 #[cgroup_sock_addr(getpeername4)]
 fn mesh_getpeer4(ctx: SockAddrContext) -> i32 {
-    reverse::run(&Hook::<true>::new(ctx))
+    reverse::peer(&Hook::<true>::new(ctx))
 }
 
 #[cgroup_sock_addr(getpeername6)]
 fn mesh_getpeer6(ctx: SockAddrContext) -> i32 {
-    reverse::run(&Hook::<false>::new(ctx))
+    reverse::peer(&Hook::<false>::new(ctx))
 }
 
 #[cgroup_sock_addr(sendmsg4)]
@@ -53,17 +55,22 @@ fn mesh_sendmsg6(ctx: SockAddrContext) -> i32 {
 
 #[cgroup_sock_addr(recvmsg4)]
 fn mesh_recvmsg4(ctx: SockAddrContext) -> i32 {
-    reverse::run(&Hook::<true>::new(ctx))
+    reverse::source(&Hook::<true>::new(ctx))
 }
 
 #[cgroup_sock_addr(recvmsg6)]
 fn mesh_recvmsg6(ctx: SockAddrContext) -> i32 {
-    reverse::run(&Hook::<false>::new(ctx))
+    reverse::source(&Hook::<false>::new(ctx))
 }
 
 #[cgroup_sock(sock_release)]
 fn mesh_release(ctx: SockContext) -> i32 {
     release::run(ctx)
+}
+
+#[sock_ops]
+fn mesh_sockops(ctx: SockOpsContext) -> u32 {
+    health::run(ctx).cast_unsigned()
 }
 
 #[panic_handler]

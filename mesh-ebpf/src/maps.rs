@@ -4,17 +4,24 @@
 //! maps. `SERVICES` and `SLOTS` are mapped into the daemon, which stores whole words; a hook
 //! loads each word exactly once.
 
-use core::{intrinsics::AtomicOrdering, intrinsics::atomic_xadd, ptr::read_volatile};
+use core::{
+    intrinsics::AtomicOrdering, intrinsics::atomic_cxchg, intrinsics::atomic_xadd, intrinsics::atomic_xchg,
+    ptr::read_volatile, ptr::write_volatile,
+};
 
 use aya_ebpf::{
     Global,
     bindings::BPF_F_MMAPABLE,
-    btf_maps::{Array, HashMap, PerCpuArray, SkStorage},
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage},
     macros::btf_map,
 };
 use mesh_common::{
-    abi::{Backend, Frontend, MAX_VIP_RANGES, Origin, Peers, ServiceWord, SlotWord, VipRanges},
+    abi::{
+        AffinityWord, Backend, Client, Connection, Frontend, MAX_VIP_RANGES, Peers, SETS, ServiceWord, Set,
+        Settings, SlotWord, Socket, VipRanges,
+    },
     address::{Address, Prefix},
+    health::HealthWord,
     outcome::Outcome,
 };
 
@@ -25,15 +32,25 @@ static FRONTENDS: HashMap<Frontend, u32, 1> = HashMap::new();
 #[btf_map]
 static SERVICES: Array<u64, 1, MMAPABLE> = Array::new();
 #[btf_map]
+static SETTINGS: Array<Settings, 1, MMAPABLE> = Array::new();
+#[btf_map]
 static SLOTS: Array<u64, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static BACKENDS: Array<Backend, 1> = Array::new();
 #[btf_map]
 static LOAD: Array<u64, 1, MMAPABLE> = Array::new();
 #[btf_map]
+static HEALTH: Array<u64, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static EJECTED: Array<u64, 1, MMAPABLE> = Array::new();
+#[btf_map]
 static CURSORS: Array<u64, 1> = Array::new();
 #[btf_map]
-pub(crate) static ORIGIN: SkStorage<Origin> = SkStorage::new();
+static AFFINITY: LruHashMap<Client, u64, 1> = LruHashMap::new();
+#[btf_map]
+static SOCKETS: Array<Set, { SETS as usize }, MMAPABLE> = Array::new();
+#[btf_map]
+pub(crate) static ORIGIN: SkStorage<Connection> = SkStorage::new();
 #[btf_map]
 pub(crate) static PEERS: SkStorage<Peers> = SkStorage::new();
 #[btf_map]
@@ -91,27 +108,117 @@ pub(crate) fn backend(id: u32) -> Option<&'static Backend> {
     BACKENDS.get(id).filter(|backend| backend.in_use())
 }
 
+/// What a service's connects follow.
+#[inline(always)]
+pub(crate) fn settings(service: u32) -> Option<&'static Settings> {
+    SETTINGS.get(service)
+}
+
 /// Connections that a backend has.
 #[inline(always)]
 pub(crate) fn load_of(backend: u32) -> u64 {
     load(&LOAD, backend).unwrap_or(0)
 }
 
-/// One connection more, or with -1 one less.
+/// Puts a socket on a backend's count, and takes it off the one it was on; with backend 0 it is
+/// on none after that.
 #[inline(always)]
-pub(crate) fn add_load(backend: u32, change: i64) {
-    if let Some(load) = LOAD.get_ptr_mut(backend) {
-        add(load, change.cast_unsigned());
+pub(crate) fn hold(connection: &mut Connection, backend: u32) {
+    if let Some(load) = LOAD.get_ptr_mut(backend)
+        && backend != 0
+    {
+        add(load, 1);
     }
+    // SAFETY: a word of a map or of a socket's storage. Not relaxed: see `fetch_add`.
+    let before = unsafe {
+        atomic_xchg::<u64, { AtomicOrdering::AcqRel }>(&raw mut connection.held, u64::from(backend))
+    };
+    #[expect(clippy::cast_possible_truncation, reason = "backend ids have 24 bits")]
+    if before != 0
+        && let Some(load) = LOAD.get_ptr_mut(before as u32)
+    {
+        add(load, u64::MAX);
+    }
+}
+
+/// What connects say of a backend.
+#[inline(always)]
+pub(crate) fn health(backend: u32) -> HealthWord {
+    HealthWord(load(&HEALTH, backend).unwrap_or(0))
+}
+
+/// Changes it, unless it has changed meanwhile.
+#[inline(always)]
+pub(crate) fn swap_health(backend: u32, old: HealthWord, new: HealthWord) -> bool {
+    HEALTH.get_ptr_mut(backend).is_some_and(|word| swap(word, old.0, new.0))
+}
+
+/// Counts one more ejected backend of a service, unless there are `most` already.
+#[inline(always)]
+pub(crate) fn take_ejection(service: u32, most: u32) -> bool {
+    let Some(ejected) = EJECTED.get_ptr_mut(service) else { return false };
+    if fetch_add(ejected, 1) < u64::from(most) {
+        return true;
+    }
+    add(ejected, u64::MAX);
+    false
+}
+
+#[inline(always)]
+pub(crate) fn give_ejection_back(service: u32) {
+    if let Some(ejected) = EJECTED.get_ptr_mut(service) {
+        add(ejected, u64::MAX);
+    }
+}
+
+/// The backend that a workload has of a service, if it has used it within the time.
+#[inline(always)]
+pub(crate) fn affinity(client: &Client, now_ms: u64, timeout_ms: u64) -> Option<u32> {
+    let word = AFFINITY.get_ptr_mut(client)?;
+    // SAFETY: the value is one word, read once and written once; of two tasks of a workload that
+    // write at the same time either may be the last.
+    unsafe {
+        let affinity = AffinityWord(read_volatile(word));
+        if !affinity.holds(now_ms, timeout_ms) {
+            return None;
+        }
+        write_volatile(word, AffinityWord::new(affinity.backend(), now_ms).0);
+        Some(affinity.backend())
+    }
+}
+
+/// Without room for it, the workload has none.
+#[inline(always)]
+pub(crate) fn set_affinity(client: &Client, now_ms: u64, backend: u32) {
+    let _ = AFFINITY.insert(client, AffinityWord::new(backend, now_ms).0, 0);
+}
+
+/// The places where a socket's connection may be.
+#[inline(always)]
+pub(crate) fn set_of(cookie: u64) -> Option<&'static mut Set> {
+    #[expect(clippy::cast_possible_truncation, reason = "the low bits choose the set")]
+    let set = SOCKETS.get_ptr_mut(cookie as u32 & (SETS - 1))?;
+    // SAFETY: a non-null look-up points at the whole set. Other sockets' places in it are left alone.
+    Some(unsafe { &mut *set })
+}
+
+/// Whether a place is a socket's own.
+#[inline(always)]
+pub(crate) fn is_of(socket: &Socket, cookie: u64) -> bool {
+    // SAFETY: a reference is valid; volatile because other sockets come and go.
+    unsafe { read_volatile(&raw const socket.cookie) == cookie }
+}
+
+/// Takes a free place; gives one up with a `cookie` of 0.
+#[inline(always)]
+pub(crate) fn swap_cookie(socket: &mut Socket, old: u64, cookie: u64) -> bool {
+    swap(&raw mut socket.cookie, old, cookie)
 }
 
 /// How many turns a service has had, this one not counted.
 #[inline(always)]
 pub(crate) fn take_turn(service: u32) -> u64 {
-    let Some(turn) = CURSORS.get_ptr_mut(service) else { return 0 };
-    // SAFETY: a word of a map, which stays where it is. Not relaxed: for that LLVM emits an
-    // instruction that returns nothing, and uses what it returns all the same.
-    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::AcqRel }>(turn, 1) }
+    CURSORS.get_ptr_mut(service).map_or(0, |turn| fetch_add(turn, 1))
 }
 
 #[inline(always)]
@@ -120,6 +227,23 @@ pub(crate) fn count(outcome: Outcome) {
         // This CPU's counter, but a hook can be preempted by another one on the same CPU.
         add(counter, 1);
     }
+}
+
+/// The word as it was before.
+#[inline(always)]
+fn fetch_add(word: *mut u64, change: u64) -> u64 {
+    // SAFETY: every caller passes a word of a map, which stays where it is. Not relaxed: for that
+    // LLVM emits an instruction that returns nothing, and uses what it returns all the same.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::AcqRel }>(word, change) }
+}
+
+#[inline(always)]
+fn swap(word: *mut u64, old: u64, new: u64) -> bool {
+    // SAFETY: as for `fetch_add`.
+    let (before, _) = unsafe {
+        atomic_cxchg::<u64, { AtomicOrdering::AcqRel }, { AtomicOrdering::Acquire }>(word, old, new)
+    };
+    before == old
 }
 
 /// Adds atomically, wrapping.

@@ -1,18 +1,14 @@
 //! The end of a socket, whichever way it comes: the task closed it, or is gone.
 
-use aya_ebpf::programs::SockContext;
+use aya_ebpf::{helpers::generated::bpf_get_socket_cookie, programs::SockContext};
 
-use crate::{
-    context::{self, storage},
-    forward, maps,
-};
+use crate::{context, sockets};
 
 #[inline(always)]
 #[expect(clippy::needless_pass_by_value, reason = "a hook's context is given to one function")]
 pub(crate) fn run(ctx: SockContext) -> i32 {
-    // SAFETY: a value owned by the socket, which outlives the program; nobody else has the socket any more.
-    if let Some(origin) = unsafe { storage(&maps::ORIGIN, ctx.sock.cast(), 0).as_mut() } {
-        forward::release(origin);
-    }
+    // SAFETY: a plain helper call on the hook's own context.
+    let cookie = unsafe { bpf_get_socket_cookie(ctx.sock.cast()) };
+    sockets::release(cookie, ctx.sock.cast());
     context::ALLOW
 }

@@ -4,19 +4,22 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::Arc,
+    time::Duration,
 };
 
-use mesh_common::abi::{Frontend, Port};
+use mesh_common::abi::{Eject, Frontend, Penalty, Port, Settings};
 
 use crate::{
-    model::{Health, Instance, Service, ServiceId},
+    model::{Health, Instance, Protocol, Service, ServiceId},
     plan::{Desired, Endpoint, Prune, Wanted},
     registry::{Claims, Snapshot},
 };
 
 pub mod vip;
+pub mod weigh;
 
 use vip::Vips;
+use weigh::Seen;
 
 /// A service with the VIPs that stand for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -109,12 +112,22 @@ impl Catalog {
         }
     }
 
-    /// What the maps should hold.
-    pub fn desired(&self) -> Desired {
+    /// What the maps should hold, as the node sees it.
+    pub fn desired(&self, node: &impl Node) -> Desired {
         let frontends = self.services.values().flat_map(|entry| {
-            entry.vips.iter().map(|vip| (frontend(&entry.service.id, *vip), entry.wanted(*vip)))
+            entry.vips.iter().map(|vip| (frontend(&entry.service.id, *vip), entry.wanted(*vip, node)))
         });
         frontends.collect()
+    }
+
+    /// Every backend behind every VIP.
+    pub fn backends(&self) -> impl Iterator<Item = (&Service, Frontend, Endpoint)> {
+        self.services.values().flat_map(|entry| {
+            entry.vips.iter().flat_map(move |vip| {
+                let frontend = frontend(&entry.service.id, *vip);
+                entry.instances(*vip).map(move |instance| (&entry.service, frontend, endpoint(instance)))
+            })
+        })
     }
 
     pub fn prune(&self) -> Prune {
@@ -145,6 +158,15 @@ impl Families {
     }
 }
 
+/// What a node sees of a catalog.
+pub trait Node {
+    fn zone(&self) -> Option<&str>;
+    /// Whether the kernel avoids a backend.
+    fn is_ejected(&self, frontend: &Frontend, endpoint: &Endpoint) -> bool;
+    /// How long the node has known a backend; `None` if always.
+    fn age(&self, frontend: &Frontend, endpoint: &Endpoint) -> Option<Duration>;
+}
+
 /// The key under which the kernel finds a service.
 pub fn frontend(id: &ServiceId, vip: IpAddr) -> Frontend {
     Frontend::new(vip.into(), Port::new(id.port.get()), id.protocol.number())
@@ -168,22 +190,55 @@ impl Entry {
     }
 
     /// The policy and the backends of one VIP, with the weights in effect.
-    fn wanted(&self, vip: IpAddr) -> Wanted {
-        let selectable = self.selectable(vip);
-        let weight = |instance: &Instance| {
-            if Some(instance.health) == selectable { instance.weight } else { 0 }
-        };
-        let backends = self.instances(vip).map(|instance| (endpoint(instance), weight(instance)));
-        Wanted { policy: self.service.policy.in_kernel(), backends: backends.collect() }
+    fn wanted(&self, vip: IpAddr, node: &impl Node) -> Wanted {
+        let frontend = frontend(&self.service.id, vip);
+        let instances: Vec<_> =
+            self.instances(vip).map(|instance| self.seen(instance, &frontend, node)).collect();
+        let weights = weigh::weights(&self.service, &instances, node.zone());
+        let usable = |seen: &&Seen<'_>| seen.instance.health == Health::Healthy && seen.instance.weight > 0;
+        let usable = instances.iter().filter(usable).count();
+        let endpoints = instances.iter().map(|seen| endpoint(seen.instance));
+        Wanted {
+            policy: self.service.policy.in_kernel(),
+            settings: self.settings(usable),
+            backends: endpoints.zip(weights).collect(),
+        }
     }
 
-    /// Whose turn it is: healthy instances; failing those unhealthy ones, because health may be
-    /// wrong but an empty set surely is; failing those draining ones.
-    fn selectable(&self, vip: IpAddr) -> Option<Health> {
-        let some =
-            |health| self.instances(vip).any(|instance| instance.health == health && instance.weight > 0);
-        [Health::Healthy, Health::Unhealthy, Health::Draining].into_iter().find(|health| some(*health))
+    fn seen<'a>(&self, instance: &'a Instance, frontend: &Frontend, node: &impl Node) -> Seen<'a> {
+        let endpoint = endpoint(instance);
+        let window = self.service.slow_start.unwrap_or_default();
+        let warmth = match node.age(frontend, &endpoint) {
+            Some(age) if age < window => (age.as_secs_f64() / window.as_secs_f64()).max(COLDEST),
+            _ => 1.0,
+        };
+        Seen { instance, ejected: node.is_ejected(frontend, &endpoint), warmth }
     }
+
+    /// What the kernel follows, where so many backends are usable.
+    fn settings(&self, usable: usize) -> Settings {
+        let Service { id, affinity, drain, eject, .. } = &self.service;
+        // Only a handshake can fail.
+        let failures = if id.protocol == Protocol::Tcp { eject.failures } else { 0 };
+        let most = usable * usize::from(eject.max_percent) / 100;
+        Settings {
+            affinity_ms: affinity.map_or(0, |affinity| millis(affinity).max(1)),
+            eject: Eject { failures: failures.into(), most: u32::try_from(most).unwrap_or(u32::MAX) },
+            penalty: Penalty { base_ms: millis_32(eject.base), max_ms: millis_32(eject.max) },
+            drain_ms: millis(*drain),
+        }
+    }
+}
+
+/// The share with which a new instance starts.
+const COLDEST: f64 = 0.1;
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn millis_32(time: Duration) -> u32 {
+    u32::try_from(time.as_millis()).unwrap_or(u32::MAX)
 }
 
 #[cfg(test)]

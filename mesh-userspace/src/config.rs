@@ -117,15 +117,18 @@ impl Default for Datapath {
     }
 }
 
+/// Room for eight tables of consistent hashing, one of which changes.
+const MAGLEV_SLOTS: u32 = 1 << 16;
+
 impl Datapath {
     /// Map sizes. Entry 0 of the id-indexed maps is never used; slots are twice the backends, so
-    /// that a change can write its new slots beside the old ones.
+    /// that a change can write its new slots beside the old ones, and some for Maglev tables.
     pub fn sizes(&self) -> Sizes {
         Sizes {
             frontends: self.max_services,
             services: self.max_services + 1,
             backends: self.max_backends + 1,
-            slots: 2 * self.max_backends,
+            slots: (2 * self.max_backends + MAGLEV_SLOTS).min(MAX_INDEX),
         }
     }
 }

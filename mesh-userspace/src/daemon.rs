@@ -57,14 +57,14 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         tracing::warn!("this version does not act on [{table}] yet");
     }
     let cgroup = config.node.cgroup()?;
-    let settings = datapath::Settings {
+    let options = datapath::Options {
         cgroup: cgroup.clone(),
         pin_dir: config.node.pin_dir.clone(),
         vip_ranges: config.kernel_ranges(),
         sizes: config.datapath.sizes(),
     };
-    let datapath = Datapath::open(&settings)?;
-    if datapath.maps.sizes() != settings.sizes {
+    let datapath = Datapath::open(&options)?;
+    if datapath.maps.sizes() != options.sizes {
         tracing::warn!("the pinned maps keep their sizes; [datapath] takes effect after `mesh cleanup`");
     }
     let vips = Vips::open(&config.node.state_dir, config.rules.vip_ranges.clone())
@@ -73,7 +73,7 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
     let web = web::bind(config.web.listen).await?;
 
     let pins = datapath.pins().clone();
-    let reconciler = Reconciler::new(datapath)?;
+    let reconciler = Reconciler::new(datapath, config.node.zone.clone())?;
     let socket_path = config.api.socket.clone();
     let (config, _) = watch::channel(Arc::new(config));
     let registries = watch::Sender::new(Vec::new());

@@ -19,7 +19,11 @@ use aya::{
     programs::{CgroupAttachMode, Program, ProgramError, links::FdLink},
 };
 use mesh_common::{
-    abi::{self, Backend, Frontend, ServiceWord, SlotWord, VipRanges, map},
+    abi::{
+        self, Backend, Client, Frontend, SETS, ServiceWord, Set, Settings, SlotWord, Socket, VipRanges, WAYS,
+        map,
+    },
+    health::HealthWord,
     outcome::Outcome,
 };
 
@@ -38,7 +42,7 @@ use sys::{Grace, LinkInfo, PinnedLink, Words};
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("MESH_BPF_OBJECT"));
 
 /// The programs, as the kernel shows them; each hooks the call that its name says.
-pub const PROGRAMS: [&str; 9] = [
+pub const PROGRAMS: [&str; 10] = [
     "mesh_connect4",
     "mesh_connect6",
     "mesh_getpeer4",
@@ -48,6 +52,7 @@ pub const PROGRAMS: [&str; 9] = [
     "mesh_recvmsg4",
     "mesh_recvmsg6",
     "mesh_release",
+    "mesh_sockops",
 ];
 
 #[derive(Debug, thiserror::Error)]
@@ -139,7 +144,7 @@ impl Pins {
 
 /// What the programs and maps are made from.
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub struct Options {
     pub cgroup: PathBuf,
     pub pin_dir: PathBuf,
     pub vip_ranges: VipRanges,
@@ -152,10 +157,23 @@ pub struct Maps {
     frontends: HashMap<MapData, Frontend, u32>,
     backends: Array<MapData, Backend>,
     services: Words,
+    settings: Words,
     slots: Words,
     load: Words,
+    health: Words,
+    ejected: Words,
+    sockets: Words,
     grace: Grace,
     sizes: Sizes,
+}
+
+/// A connected socket, as `SOCKETS` has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    index: u32,
+    pub cookie: u64,
+    /// The backend on whose count it is; zero if on none.
+    pub backend: u64,
 }
 
 /// The datapath as the daemon holds it. Dropping it leaves everything in place.
@@ -169,12 +187,12 @@ pub struct Datapath {
 
 impl Datapath {
     /// Adopts what is pinned, or makes it. Programs are loaded, but not yet attached.
-    pub fn open(settings: &Settings) -> Result<Self> {
-        let pins = Pins::new(&settings.pin_dir);
-        let what = || format!("cannot make the pin folder {}", settings.pin_dir.display());
-        mounts::ensure_bpffs(&settings.pin_dir).map_err(io_error(what()))?;
-        fs::create_dir_all(&settings.pin_dir).map_err(io_error(what()))?;
-        set_private(&settings.pin_dir).map_err(io_error(what()))?;
+    pub fn open(options: &Options) -> Result<Self> {
+        let pins = Pins::new(&options.pin_dir);
+        let what = || format!("cannot make the pin folder {}", options.pin_dir.display());
+        mounts::ensure_bpffs(&options.pin_dir).map_err(io_error(what()))?;
+        fs::create_dir_all(&options.pin_dir).map_err(io_error(what()))?;
+        set_private(&options.pin_dir).map_err(io_error(what()))?;
         let lock = pins.lock()?;
         for dir in [pins.maps(), pins.links()] {
             fs::create_dir_all(dir).map_err(io_error(what()))?;
@@ -184,10 +202,10 @@ impl Datapath {
             // A start that was cut short, or someone removed a pin: half a set is of no use.
             unpin_maps(&pins)?;
         }
-        let mut ebpf = load(settings, &pins)?;
+        let mut ebpf = load(options, &pins)?;
         load_programs(&mut ebpf)?;
         let maps = Maps::open(&pins)?;
-        Ok(Self { maps, ebpf, pins, cgroup: settings.cgroup.clone(), _lock: lock })
+        Ok(Self { maps, ebpf, pins, cgroup: options.cgroup.clone(), _lock: lock })
     }
 
     /// Puts the programs in place: into the pinned links, or into new ones where there are none.
@@ -228,20 +246,25 @@ impl Maps {
         let slots = pinned(pins, map::SLOTS, size_of::<u32>(), size_of::<u64>())?;
         let backends = pinned(pins, map::BACKENDS, size_of::<u32>(), size_of::<Backend>())?;
         let load = pinned(pins, map::LOAD, size_of::<u32>(), size_of::<u64>())?;
+        let settings = pinned(pins, map::SETTINGS, size_of::<u32>(), size_of::<Settings>())?;
+        let health = pinned(pins, map::HEALTH, size_of::<u32>(), size_of::<u64>())?;
+        let ejected = pinned(pins, map::EJECTED, size_of::<u32>(), size_of::<u64>())?;
+        let sockets = pinned(pins, map::SOCKETS, size_of::<u32>(), size_of::<Set>())?;
+        pinned(pins, map::AFFINITY, size_of::<Client>(), size_of::<u64>())?;
         let sizes = Sizes {
             frontends: entries(&frontends, map::FRONTENDS)?,
             services: entries(&services, map::SERVICES)?,
             backends: entries(&backends, map::BACKENDS)?,
             slots: entries(&slots, map::SLOTS)?,
         };
-        let words = |data: &MapData, name: &str, len| {
-            Words::map(data.fd().as_fd(), len).map_err(io_error(format!("cannot map {name} into memory")))
-        };
         Ok(Self {
             services: words(&services, map::SERVICES, sizes.services)?,
             slots: words(&slots, map::SLOTS, sizes.slots)?,
-            load: Words::map(load.fd().as_fd(), sizes.backends)
-                .map_err(io_error("cannot map LOAD into memory"))?,
+            settings: words(&settings, map::SETTINGS, sizes.services * Settings::WORDS)?,
+            load: words(&load, map::LOAD, sizes.backends)?,
+            health: words(&health, map::HEALTH, sizes.backends)?,
+            ejected: words(&ejected, map::EJECTED, sizes.services)?,
+            sockets: words(&sockets, map::SOCKETS, PLACES * PLACE_WORDS)?,
             frontends: HashMap::try_from(Map::HashMap(frontends)).map_err(map_error(map::FRONTENDS))?,
             backends: Array::try_from(Map::Array(backends)).map_err(map_error(map::BACKENDS))?,
             grace: Grace::new().map_err(io_error("cannot make a map of maps"))?,
@@ -264,6 +287,7 @@ impl Maps {
             let word = ServiceWord(self.services.load(id));
             if word.exists() {
                 dump.services.insert(id, word);
+                dump.settings.insert(id, self.settings(id));
             }
         }
         for (id, entry) in (0..).zip(self.backends.iter()) {
@@ -281,6 +305,59 @@ impl Maps {
         self.load.load(backend)
     }
 
+    /// What connects say of a backend.
+    pub fn health(&self, backend: u32) -> HealthWord {
+        HealthWord(self.health.load(backend))
+    }
+
+    fn settings(&self, service: u32) -> Settings {
+        let first = service * Settings::WORDS;
+        Settings::from_words([0, 1, 2, 3].map(|word| self.settings.load(first + word)))
+    }
+
+    /// Forgets what was said against a backend that leaves.
+    fn forget(&self, backend: u32, service: u32) {
+        if HealthWord(self.health.swap(backend, 0)).is_ejected() {
+            self.ejected.add(service, u64::MAX);
+        }
+    }
+
+    /// Sets right how many backends of each service are ejected: a daemon may have ended between
+    /// two of its writes.
+    fn recount(&self, dump: &Dump) {
+        let mut ejected = BTreeMap::<u32, u64>::new();
+        for (id, backend) in &dump.backends {
+            *ejected.entry(backend.service).or_default() += u64::from(self.health(*id).is_ejected());
+        }
+        for id in 1..self.sizes.services {
+            let (counted, actual) = (self.ejected.load(id), ejected.get(&id).copied().unwrap_or(0));
+            self.ejected.add(id, actual.wrapping_sub(counted));
+        }
+    }
+
+    /// The places in `SOCKETS` that are taken.
+    pub fn sockets(&self) -> Vec<Place> {
+        let place = |index| Place {
+            index,
+            cookie: self.sockets.load(index * PLACE_WORDS),
+            backend: self.sockets.load(index * PLACE_WORDS + 1),
+        };
+        (0..PLACES).map(place).filter(|place| place.cookie != 0).collect()
+    }
+
+    /// Frees the place of a socket that is no more, unless it has been freed meanwhile.
+    pub fn free(&self, place: Place) {
+        let at = place.index * PLACE_WORDS;
+        if self.sockets.load(at) == place.cookie && self.sockets.replace(at + 1, place.backend, 0) {
+            if let Ok(backend) = u32::try_from(place.backend)
+                && backend != 0
+            {
+                self.load.add(backend, u64::MAX);
+            }
+            self.sockets.replace(at, place.cookie, 0);
+        }
+    }
+
     /// A service's slots.
     pub fn slots(&self, word: ServiceWord) -> Vec<SlotWord> {
         let range = word.base()..word.base() + word.count();
@@ -290,6 +367,7 @@ impl Maps {
     /// The mirror of what is in the maps, after removing what an interrupted change left behind.
     pub fn restore(&mut self) -> Result<Applied> {
         let dump = self.dump()?;
+        self.recount(&dump);
         let (mut applied, repairs) = Applied::restore(self.sizes, &dump, |word| self.slots(word));
         for op in repairs {
             self.write(&op)?;
@@ -305,9 +383,14 @@ impl Maps {
                 let backend = Backend::new(endpoint.address, endpoint.port, *service, *weight);
                 self.backends.set(*id, backend, 0).map_err(map_error(map::BACKENDS))?;
             }
-            Op::PutSlots { base, words } => {
+            Op::PutSlots { base, words, .. } => {
                 for (index, word) in (*base..).zip(words) {
                     self.slots.store(index, word.0);
+                }
+            }
+            Op::PutSettings { service, settings } => {
+                for (word, value) in (service * Settings::WORDS..).zip(settings.words()) {
+                    self.settings.store(word, value);
                 }
             }
             Op::PutService { id, word } => self.services.store(*id, word.0),
@@ -317,8 +400,10 @@ impl Maps {
             Op::DeleteFrontend { frontend } => {
                 self.frontends.remove(frontend).map_err(map_error(map::FRONTENDS))?;
             }
-            Op::DeleteBackend { id } => {
+            Op::DeleteBackend { id, .. } => {
+                let old = self.backends.get(id, 0).map_err(map_error(map::BACKENDS))?;
                 self.backends.set(*id, Backend::default(), 0).map_err(map_error(map::BACKENDS))?;
+                self.forget(*id, old.service);
             }
             Op::Grace => self.grace.wait().map_err(io_error("cannot wait for readers"))?,
         }
@@ -326,10 +411,16 @@ impl Maps {
     }
 }
 
+#[expect(clippy::cast_possible_truncation, reason = "4")]
+const PLACES: u32 = SETS * WAYS as u32;
+#[expect(clippy::cast_possible_truncation, reason = "8")]
+const PLACE_WORDS: u32 = (size_of::<Socket>() / size_of::<u64>()) as u32;
+
 /// What the kernel counts.
 pub struct Stats {
     outcomes: PerCpuArray<MapData, u64>,
     load: Words,
+    health: Words,
 }
 
 impl Stats {
@@ -337,9 +428,15 @@ impl Stats {
         let data = pinned(pins, map::STATS, size_of::<u32>(), size_of::<u64>())?;
         let outcomes = PerCpuArray::try_from(Map::PerCpuArray(data)).map_err(map_error(map::STATS))?;
         let load = pinned(pins, map::LOAD, size_of::<u32>(), size_of::<u64>())?;
+        let health = pinned(pins, map::HEALTH, size_of::<u32>(), size_of::<u64>())?;
         let len = entries(&load, map::LOAD)?;
-        let load = Words::map(load.fd().as_fd(), len).map_err(io_error("cannot map LOAD into memory"))?;
-        Ok(Self { outcomes, load })
+        let (load, health) = (words(&load, map::LOAD, len)?, words(&health, map::HEALTH, len)?);
+        Ok(Self { outcomes, load, health })
+    }
+
+    /// Whether connects to a backend fail, so that the kernel avoids it.
+    pub fn is_ejected(&self, backend: u32) -> bool {
+        HealthWord(self.health.load(backend)).is_ejected()
     }
 
     /// How many sockets are counted on a backend.
@@ -395,6 +492,7 @@ fn load_programs(ebpf: &mut Ebpf) -> Result<()> {
         let loaded = match program(ebpf, name) {
             Program::CgroupSockAddr(program) => program.load(),
             Program::CgroupSock(program) => program.load(),
+            Program::SockOps(program) => program.load(),
             other => unreachable!("{name} is a {:?} program", other.prog_type()),
         };
         loaded.map_err(|source| Error::Program { name, source: Box::new(source) })?;
@@ -414,21 +512,29 @@ fn attach(program: &mut Program, cgroup: &File) -> std::result::Result<FdLink, P
             let id = program.attach(cgroup, mode)?;
             FdLink::try_from(program.take_link(id)?)
         }
+        Program::SockOps(program) => {
+            let id = program.attach(cgroup, mode)?;
+            FdLink::try_from(program.take_link(id)?)
+        }
         other => unreachable!("a {:?} program", other.prog_type()),
     };
     Ok(link.expect("Linux 5.7 and later attach by links"))
 }
 
-fn load(settings: &Settings, pins: &Pins) -> Result<Ebpf> {
+fn load(options: &Options, pins: &Pins) -> Result<Ebpf> {
     let paths = map::ALL.map(|name| (name, pins.map(name)));
-    let sizes = settings.sizes;
+    let sizes = options.sizes;
     let mut loader = EbpfLoader::new();
     loader
-        .override_global("VIP_RANGES", settings.vip_ranges.as_slice(), true)
+        .override_global("VIP_RANGES", options.vip_ranges.as_slice(), true)
         .map_max_entries(map::FRONTENDS, sizes.frontends)
         .map_max_entries(map::SERVICES, sizes.services)
         .map_max_entries(map::BACKENDS, sizes.backends)
         .map_max_entries(map::LOAD, sizes.backends)
+        .map_max_entries(map::HEALTH, sizes.backends)
+        .map_max_entries(map::SETTINGS, sizes.services)
+        .map_max_entries(map::EJECTED, sizes.services)
+        .map_max_entries(map::AFFINITY, sizes.frontends)
         .map_max_entries(map::CURSORS, sizes.services)
         .map_max_entries(map::SLOTS, sizes.slots);
     for (name, path) in &paths {
@@ -466,6 +572,10 @@ pub fn pinned_maps(pins: &Pins) -> Result<Vec<(&'static str, MapInfo)>> {
         Ok((name, data.info().map_err(map_error(name))?))
     };
     map::ALL.into_iter().map(info).collect()
+}
+
+fn words(data: &MapData, name: &str, len: u32) -> Result<Words> {
+    Words::map(data.fd().as_fd(), len).map_err(io_error(format!("cannot map {name} into memory")))
 }
 
 fn entries(data: &MapData, name: &'static str) -> Result<u32> {

@@ -1,6 +1,6 @@
 //! Services and instances, as every registry delivers them.
 
-use std::{fmt, net::IpAddr, num::NonZeroU16};
+use std::{fmt, net::IpAddr, num::NonZeroU16, time::Duration};
 
 use mesh_common::select;
 use serde::{Deserialize, Serialize};
@@ -62,12 +62,13 @@ pub enum Policy {
 }
 
 impl Policy {
-    /// The rule the kernel follows. Maglev is not there yet: by weight until then.
+    /// The rule the kernel follows.
     pub fn in_kernel(self) -> select::Policy {
         match self {
             Self::LeastConnections => select::Policy::LeastConnections,
             Self::RoundRobin => select::Policy::RoundRobin,
-            Self::Random | Self::Maglev => select::Policy::Random,
+            Self::Random => select::Policy::Random,
+            Self::Maglev => select::Policy::Maglev,
         }
     }
 }
@@ -89,8 +90,38 @@ pub struct Service {
     pub vip: Option<IpAddr>,
     pub aliases: Vec<String>,
     pub policy: Policy,
+    /// A workload keeps its backend until it has not dialled it for this long.
+    pub affinity: Option<Duration>,
+    /// How long sockets outlive an instance that is gone.
+    pub drain: Duration,
+    pub eject: Eject,
+    /// How long the share of a new instance takes to become whole.
+    pub slow_start: Option<Duration>,
+    /// With a smaller percentage of instances healthy, health is ignored.
+    pub panic_percent: u8,
     pub instances: Vec<Instance>,
 }
+
+/// When failed connects take an instance out of selection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Eject {
+    /// After so many in a row; zero is never.
+    pub failures: u16,
+    /// The first penalty; it doubles each time in a row.
+    pub base: Duration,
+    pub max: Duration,
+    /// No more of the instances at a time.
+    pub max_percent: u8,
+}
+
+impl Default for Eject {
+    fn default() -> Self {
+        Self { failures: 5, base: Duration::from_secs(30), max: Duration::from_secs(300), max_percent: 50 }
+    }
+}
+
+/// How long sockets outlive an instance that is gone, where the service does not say.
+pub const DRAIN: Duration = Duration::from_secs(20);
 
 /// A registry's record of one running copy of a service.
 #[derive(Clone, Debug, PartialEq, Eq)]

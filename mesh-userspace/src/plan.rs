@@ -5,10 +5,10 @@
 //! other way round, and nothing is reused before [`Op::Grace`]: so after every single operation
 //! a `connect()` finds the old backends of its service or the new ones, and nothing else.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use mesh_common::{
-    abi::{Frontend, Port, ServiceWord, SlotWord, map},
+    abi::{Frontend, Port, ServiceWord, Settings, SlotWord, map},
     address::Address,
     select::Policy,
 };
@@ -16,6 +16,7 @@ use mesh_common::{
 pub mod alias;
 pub mod alloc;
 pub mod applied;
+pub mod maglev;
 
 use alloc::Alloc;
 pub use applied::Applied;
@@ -34,9 +35,20 @@ pub type Desired = BTreeMap<Frontend, Wanted>;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
     pub policy: Policy,
+    pub settings: Settings,
     /// With their weights. A backend of weight zero is known, and keeps its id, but gets no new
     /// connections.
     pub backends: BTreeMap<Endpoint, u16>,
+}
+
+/// What a service's slots are made from: ids, weights above zero and endpoints of its backends.
+pub type Weights = Vec<(u32, u32, Endpoint)>;
+
+fn table(policy: Policy, weights: &Weights) -> Vec<SlotWord> {
+    match policy {
+        Policy::Maglev => maglev::table(weights),
+        Policy::Random | Policy::LeastConnections | Policy::RoundRobin => alias::table(weights),
+    }
 }
 
 /// One write to the maps.
@@ -52,6 +64,11 @@ pub enum Op {
     PutSlots {
         base: u32,
         words: Vec<SlotWord>,
+        made_from: Weights,
+    },
+    PutSettings {
+        service: u32,
+        settings: Settings,
     },
     /// The one store by which a service changes. The default word removes it.
     PutService {
@@ -65,8 +82,10 @@ pub enum Op {
     DeleteFrontend {
         frontend: Frontend,
     },
+    /// The backend leaves. Sockets that are connected to it have this long to end.
     DeleteBackend {
         id: u32,
+        drain_ms: u64,
     },
     /// Every `connect()` that began before has ended.
     Grace,
@@ -107,7 +126,7 @@ pub fn plan(desired: &Desired, applied: &Applied, prune: Prune) -> Plan {
         applied,
         alloc: applied.alloc.clone(),
         ops: Vec::new(),
-        unused: BTreeSet::new(),
+        unused: BTreeMap::new(),
         refused: Vec::new(),
     };
     for (frontend, wanted) in desired {
@@ -126,15 +145,16 @@ struct Planner<'a> {
     applied: &'a Applied,
     alloc: Alloc,
     ops: Vec<Op>,
-    /// Backends that nothing refers to any more once `ops` so far are done.
-    unused: BTreeSet<u32>,
+    /// Backends that nothing refers to any more once `ops` so far are done, and how long their
+    /// sockets may stay.
+    unused: BTreeMap<u32, u64>,
     refused: Vec<Refused>,
 }
 
 impl Planner<'_> {
     /// A service fits whole, or nothing is planned for it.
     fn service(&mut self, frontend: Frontend, wanted: &Wanted) -> Result<(), Refused> {
-        let Wanted { policy, backends } = wanted;
+        let Wanted { policy, settings, backends } = wanted;
         let applied = self.applied;
         let known = applied.frontends.get(&frontend).copied();
         let current = known.and_then(|id| applied.services.get(&id));
@@ -166,12 +186,19 @@ impl Planner<'_> {
                 if weight > 0 { before.push(put) } else { after.push(put) }
             }
             if weight > 0 {
-                weights.push((backend, u32::from(weight)));
+                weights.push((backend, u32::from(weight), endpoint));
             }
         }
-        weights.sort_unstable();
-        let words = alias::table(&weights);
-        if current.is_none_or(|service| service.words != words || service.policy != *policy) {
+        if current.is_none_or(|service| service.settings != *settings) {
+            before.push(Op::PutSettings { service: id, settings: *settings });
+        }
+        let sticky = settings.affinity_ms > 0;
+        let known_word = current.filter(|service| (service.policy, service.sticky) == (*policy, sticky));
+        // A table is only made where its making may lead to another one.
+        let as_made = known_word.is_some_and(|service| service.made_from.as_ref() == Some(&weights));
+        let words = if as_made { None } else { Some(table(*policy, &weights)) };
+        let words = words.filter(|words| known_word.is_none_or(|service| service.words != *words));
+        if let Some(words) = words {
             let Some(base) = self.alloc.slots.take(index(words.len())) else {
                 taken.into_iter().for_each(|id| self.alloc.backends.give_back(id));
                 if known.is_none() {
@@ -180,9 +207,9 @@ impl Planner<'_> {
                 let slots = &self.alloc.slots;
                 return refuse(map::SLOTS, words.len(), slots.longest(), slots.max());
             };
-            let word = ServiceWord::new(base, index(words.len()), *policy);
+            let word = ServiceWord::new(base, index(words.len()), *policy, sticky);
             if !words.is_empty() {
-                before.push(Op::PutSlots { base, words });
+                before.push(Op::PutSlots { base, words, made_from: weights });
             }
             before.push(Op::PutService { id, word });
         }
@@ -192,7 +219,7 @@ impl Planner<'_> {
         self.ops.extend(before.into_iter().chain(after));
         let had = current.into_iter().flat_map(|service| &service.backends);
         let gone = had.filter(|(endpoint, _)| !backends.contains_key(*endpoint));
-        self.unused.extend(gone.map(|(_, backend)| backend.id));
+        self.unused.extend(gone.map(|(_, backend)| (backend.id, settings.drain_ms)));
         Ok(())
     }
 
@@ -200,13 +227,14 @@ impl Planner<'_> {
         self.ops.push(Op::DeleteFrontend { frontend });
         self.ops.push(Op::PutService { id, word: ServiceWord::default() });
         if let Some(service) = self.applied.services.get(&id) {
-            self.unused.extend(service.backends.values().map(|backend| backend.id));
+            let drain_ms = service.settings.drain_ms;
+            self.unused.extend(service.backends.values().map(|backend| (backend.id, drain_ms)));
         }
     }
 
     fn finish(mut self) -> Plan {
         if !self.ops.is_empty() || !self.unused.is_empty() {
-            self.ops.extend(self.unused.into_iter().map(|id| Op::DeleteBackend { id }));
+            self.ops.extend(self.unused.into_iter().map(|(id, drain_ms)| Op::DeleteBackend { id, drain_ms }));
             // Only now may ids and slots that became free be used again.
             let at = self.ops.iter().position(|op| matches!(op, Op::DeleteBackend { .. }));
             self.ops.insert(at.unwrap_or(self.ops.len()), Op::Grace);

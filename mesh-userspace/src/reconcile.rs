@@ -1,16 +1,19 @@
 //! Brings the maps to what the catalog wants, and keeps the mirror of what they hold.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, RwLock},
     time::{Duration, Instant},
 };
 
 use tokio::{runtime::Handle, sync::watch};
 
+use mesh_common::abi::Frontend;
+
 use crate::{
-    catalog::Catalog,
-    datapath::{Datapath, Error, PROGRAMS},
-    plan::{self, Applied},
+    catalog::{self, Catalog},
+    datapath::{Datapath, Error, Maps, PROGRAMS},
+    plan::{self, Applied, Endpoint},
 };
 
 /// How often the programs' places are looked at, and how long after a failed write the next try
@@ -36,20 +39,55 @@ pub struct Reconciler {
     report: watch::Sender<Report>,
     /// Whether our programs, not those of an earlier daemon, were put in place.
     attached: bool,
+    zone: Option<String>,
+    /// Backends of services with a slow start, and since when they are known.
+    warming: BTreeMap<(Frontend, Endpoint), Instant>,
+    /// Backends that the kernel avoided when the weights were made; only a zone asks for them.
+    ejected: BTreeSet<u32>,
+}
+
+/// What the weights in effect depend on, besides the catalog.
+struct Sight<'a> {
+    zone: Option<&'a str>,
+    applied: &'a Applied,
+    maps: &'a Maps,
+    warming: &'a BTreeMap<(Frontend, Endpoint), Instant>,
+}
+
+impl catalog::Node for Sight<'_> {
+    fn zone(&self) -> Option<&str> {
+        self.zone
+    }
+
+    fn is_ejected(&self, frontend: &Frontend, endpoint: &Endpoint) -> bool {
+        self.applied.backend_id(frontend, endpoint).is_some_and(|id| self.maps.health(id).is_ejected())
+    }
+
+    fn age(&self, frontend: &Frontend, endpoint: &Endpoint) -> Option<Duration> {
+        self.warming.get(&(*frontend, *endpoint)).map(Instant::elapsed)
+    }
 }
 
 impl Reconciler {
     /// Reads the maps. Where they hold something to serve, puts the programs in place at once;
     /// otherwise only after the first round, so that running programs are not swapped for ones
     /// that know nothing.
-    pub fn new(mut datapath: Datapath) -> Result<Self, Error> {
+    pub fn new(mut datapath: Datapath, zone: Option<String>) -> Result<Self, Error> {
         let applied = datapath.maps.restore()?;
         let attached = !applied.frontends.is_empty();
         if attached {
             datapath.attach()?;
         }
         let report = watch::Sender::new(Report::default());
-        Ok(Self { datapath, applied: Arc::new(RwLock::new(applied)), report, attached })
+        Ok(Self {
+            datapath,
+            applied: Arc::new(RwLock::new(applied)),
+            report,
+            attached,
+            zone,
+            warming: BTreeMap::new(),
+            ejected: BTreeSet::new(),
+        })
     }
 
     pub fn applied(&self) -> Arc<RwLock<Applied>> {
@@ -81,7 +119,8 @@ impl Reconciler {
         let before = self.report.borrow().clone();
         let known = before.error.is_none()
             && before.refused.is_empty()
-            && before.written.as_ref().is_some_and(|written| Arc::ptr_eq(written, catalog));
+            && before.written.as_ref().is_some_and(|written| Arc::ptr_eq(written, catalog))
+            && !self.weights_change();
         self.reclaim();
         if known && self.in_place() {
             return;
@@ -116,8 +155,14 @@ impl Reconciler {
 
     /// Writes until nothing is left to write: what did not fit may fit once something else has gone.
     fn write(&mut self, catalog: &Catalog) -> Result<Vec<String>, Error> {
-        let desired = catalog.desired();
+        self.warm(catalog);
         loop {
+            let desired = catalog.desired(&Sight {
+                zone: self.zone.as_deref(),
+                applied: &self.applied.read().expect("no writer panics"),
+                maps: &self.datapath.maps,
+                warming: &self.warming,
+            });
             let plan = plan::plan(&desired, &self.applied.read().expect("no writer panics"), catalog.prune());
             for op in &plan.ops {
                 self.datapath.maps.write(op)?;
@@ -128,6 +173,35 @@ impl Reconciler {
                 return Ok(plan.refused.iter().map(ToString::to_string).collect());
             }
         }
+    }
+
+    /// Keeps since when the backends of services with a slow start are known.
+    fn warm(&mut self, catalog: &Catalog) {
+        let applied = self.applied.read().expect("no writer panics");
+        let slow = catalog.backends().filter_map(|(service, frontend, endpoint)| {
+            let window = service.slow_start?;
+            let since = match self.warming.get(&(frontend, endpoint)) {
+                Some(since) => *since,
+                None if applied.backend_id(&frontend, &endpoint).is_none() => Instant::now(),
+                None => return None,
+            };
+            (since.elapsed() < window).then_some(((frontend, endpoint), since))
+        });
+        self.warming = slow.collect();
+    }
+
+    /// Whether the same catalog leads to other weights than a moment ago.
+    fn weights_change(&mut self) -> bool {
+        if self.zone.is_none() {
+            return !self.warming.is_empty();
+        }
+        let applied = self.applied.read().expect("no writer panics");
+        let ids = applied.services.values().flat_map(|service| service.backends.values());
+        let ejected = ids.map(|known| known.id).filter(|id| self.datapath.maps.health(*id).is_ejected());
+        let ejected: BTreeSet<_> = ejected.collect();
+        let changed = ejected != self.ejected;
+        self.ejected = ejected;
+        changed || !self.warming.is_empty()
     }
 
     /// Makes ids usable again whose last socket is gone.

@@ -139,9 +139,11 @@ pub struct Share {
     pub share: f64,
 }
 
-impl From<Health> for BackendState {
-    fn from(health: Health) -> Self {
+impl BackendState {
+    /// What the registry says, unless its connects say otherwise.
+    fn of(health: Health, ejected: bool) -> Self {
         match health {
+            Health::Healthy if ejected => Self::Ejected,
             Health::Healthy => Self::Active,
             Health::Unhealthy => Self::Unhealthy,
             Health::Draining => Self::Draining,
@@ -228,26 +230,40 @@ impl Counts {
         } += 1;
     }
 
-    /// Of all backends together.
+    /// Of all services together.
     pub fn of_all(view: &View) -> Self {
         let mut counts = Self::default();
         let catalog = view.catalog.borrow().clone();
-        let instances = catalog.iter().flat_map(|c| c.services.values()).flat_map(|e| &e.service.instances);
-        instances.for_each(|instance| counts.add(instance.health.into()));
+        let applied = view.applied.read().expect("no writer panics");
+        for entry in catalog.iter().flat_map(|catalog| catalog.services.values()) {
+            counts.add_all(entry, &applied, &view.stats);
+        }
         counts
+    }
+
+    /// Each instance once, however many VIPs lead to it.
+    fn add_all(&mut self, entry: &Entry, applied: &Applied, stats: &Stats) {
+        for instance in &entry.service.instances {
+            let mut ids = entry.vips.iter().filter_map(|vip| {
+                applied.backend_id(&frontend(&entry.service.id, *vip), &endpoint(instance))
+            });
+            self.add(BackendState::of(instance.health, ids.any(|id| stats.is_ejected(id))));
+        }
     }
 }
 
 impl Service {
     pub fn all(view: &View) -> Vec<Self> {
         let catalog = view.catalog.borrow().clone();
-        catalog.iter().flat_map(|catalog| catalog.services.values()).map(Self::of).collect()
+        let applied = view.applied.read().expect("no writer panics");
+        let services = catalog.iter().flat_map(|catalog| catalog.services.values());
+        services.map(|entry| Self::of(entry, &applied, &view.stats)).collect()
     }
 
-    fn of(entry: &Entry) -> Self {
+    fn of(entry: &Entry, applied: &Applied, stats: &Stats) -> Self {
         let service = &entry.service;
         let mut backends = Counts::default();
-        service.instances.iter().for_each(|instance| backends.add(instance.health.into()));
+        backends.add_all(entry, applied, stats);
         Self {
             name: service.id.name.clone(),
             namespace: service.id.namespace.clone(),
@@ -288,7 +304,7 @@ impl Backend {
                     port: instance.port.get(),
                     zone: instance.zone.clone(),
                     weight: instance.weight,
-                    state: instance.health.into(),
+                    state: BackendState::of(instance.health, backend.is_some_and(|id| stats.is_ejected(id))),
                     connections: Connections {
                         active: backend.map(|id| stats.load(id)),
                         ..Connections::default()

@@ -3,9 +3,9 @@ use std::num::NonZeroU16;
 use tempfile::TempDir;
 
 use super::*;
-use crate::model::{Policy, Protocol};
+use crate::model::{DRAIN, Eject, Policy};
 
-fn service(name: &str, port: u16, vip: Option<&str>, addresses: &[(&str, Health)]) -> Service {
+pub(super) fn service(name: &str, port: u16, vip: Option<&str>, addresses: &[(&str, Health)]) -> Service {
     let instance = |(n, (address, health)): (usize, &(&str, Health))| Instance {
         id: format!("{name}-{n}"),
         address: address.parse().unwrap(),
@@ -24,6 +24,11 @@ fn service(name: &str, port: u16, vip: Option<&str>, addresses: &[(&str, Health)
         vip: vip.map(|vip| vip.parse().unwrap()),
         aliases: Vec::new(),
         policy: Policy::default(),
+        affinity: None,
+        drain: DRAIN,
+        eject: Eject::default(),
+        slow_start: None,
+        panic_percent: 0,
         instances: addresses.iter().enumerate().map(instance).collect(),
     }
 }
@@ -35,6 +40,23 @@ fn build(registries: &[&[Service]]) -> Catalog {
     let snapshot =
         |services: &&[Service]| Some(Arc::new(Snapshot { services: services.to_vec(), complete: true }));
     Catalog::build(&registries.iter().map(snapshot).collect::<Vec<_>>(), &mut vips)
+}
+
+/// A node without a zone that has seen nothing yet.
+struct Nowhere;
+
+impl Node for Nowhere {
+    fn zone(&self) -> Option<&str> {
+        None
+    }
+
+    fn is_ejected(&self, _: &Frontend, _: &Endpoint) -> bool {
+        false
+    }
+
+    fn age(&self, _: &Frontend, _: &Endpoint) -> Option<Duration> {
+        None
+    }
 }
 
 const OK: Health = Health::Healthy;
@@ -62,7 +84,7 @@ fn every_backend_is_behind_exactly_one_vip_it_can_be_reached_by() {
     for vip in [None, Some("127.128.0.1"), Some("fd00:6d65:7368::1")] {
         for addresses in [&[("10.0.0.1", OK)][..], &[("fd01::1", OK)], &[("10.0.0.1", OK), ("fd01::1", OK)]] {
             let catalog = build(&[&[service("a", 80, vip, addresses)]]);
-            let desired = catalog.desired();
+            let desired = catalog.desired(&Nowhere);
             let reached: Vec<_> = desired
                 .iter()
                 .flat_map(|(frontend, backends)| {
@@ -134,7 +156,7 @@ fn only_the_best_health_there_is_gets_connections() {
     let weights = |healths: &[Health]| {
         let addresses = ["10.0.0.1", "10.0.0.2", "10.0.0.3"];
         let list: Vec<_> = addresses.into_iter().zip(healths.iter().copied()).collect();
-        let desired = build(&[&[service("a", 80, None, &list)]]).desired();
+        let desired = build(&[&[service("a", 80, None, &list)]]).desired(&Nowhere);
         desired.values().next().unwrap().backends.values().copied().collect::<Vec<_>>()
     };
     use Health::{Draining, Healthy, Unhealthy};

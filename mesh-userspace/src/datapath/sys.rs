@@ -52,6 +52,21 @@ impl Words {
         self.word(index).load(Ordering::Acquire)
     }
 
+    /// Adds, wrapping.
+    pub fn add(&self, index: u32, change: u64) {
+        self.word(index).fetch_add(change, Ordering::AcqRel);
+    }
+
+    /// Stores another value; returns the one that was there.
+    pub fn swap(&self, index: u32, value: u64) -> u64 {
+        self.word(index).swap(value, Ordering::AcqRel)
+    }
+
+    /// Stores another value if `old` is there.
+    pub fn replace(&self, index: u32, old: u64, value: u64) -> bool {
+        self.word(index).compare_exchange(old, value, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+    }
+
     /// Everything written before, by whatever means, is visible to a hook that sees this word.
     pub fn store(&self, index: u32, value: u64) {
         self.word(index).store(value, Ordering::Release);

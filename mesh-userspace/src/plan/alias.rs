@@ -4,13 +4,18 @@ use std::collections::BTreeMap;
 
 use mesh_common::abi::SlotWord;
 
+use super::Endpoint;
+
 const ONE: u128 = 1 << 16;
 
 /// One slot per backend, such that a uniformly drawn slot and fraction yield each backend in
 /// proportion to its weight, to within 1/65,536 of a slot. The same input gives the same table.
 ///
-/// `weights` are (backend id, weight above zero).
-pub fn table(weights: &[(u32, u32)]) -> Vec<SlotWord> {
+/// `backends` are (backend id, weight above zero, endpoint).
+pub fn table(backends: &[(u32, u32, Endpoint)]) -> Vec<SlotWord> {
+    let mut weights: Vec<_> = backends.iter().map(|(id, weight, _)| (*id, *weight)).collect();
+    weights.sort_unstable();
+    let weights = &weights;
     let count = weights.len() as u128;
     // A slot's share is the total weight: then backend i brings weight × count.
     let full: u128 = weights.iter().map(|(_, weight)| u128::from(*weight)).sum();
@@ -48,7 +53,15 @@ pub fn shares(words: &[SlotWord]) -> BTreeMap<u32, f64> {
 mod tests {
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{Endpoint, SlotWord, shares};
+
+    fn table(weights: &[(u32, u32)]) -> Vec<SlotWord> {
+        let at = Endpoint {
+            address: mesh_common::address::Address::default(),
+            port: mesh_common::abi::Port::default(),
+        };
+        super::table(&weights.iter().map(|(id, weight)| (*id, *weight, at)).collect::<Vec<_>>())
+    }
 
     #[test]
     fn no_backends_no_slots() {

@@ -3,12 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use mesh_common::{
-    abi::{Backend, Frontend, ServiceWord, SlotWord},
+    abi::{Backend, Frontend, ServiceWord, Settings, SlotWord},
     select::Policy,
 };
 
+use crate::model::DRAIN;
+
 use super::{
-    Endpoint, Op,
+    Endpoint, Op, Weights,
     alloc::{Alloc, Ids, Ranges},
     index,
 };
@@ -32,8 +34,8 @@ pub struct Applied {
     resting: BTreeSet<u32>,
     /// Which service a backend belongs to.
     owners: BTreeMap<u32, (u32, Endpoint)>,
-    /// Slots written, but not yet pointed at.
-    pending: Vec<SlotWord>,
+    /// Slots written, but not yet pointed at, and what they were made from.
+    pending: Option<(Vec<SlotWord>, Weights)>,
     /// Taken out of use, but perhaps still being read: free after the next grace.
     retired_services: Vec<u32>,
     retired_slots: Vec<(u32, u32)>,
@@ -44,7 +46,12 @@ pub struct Applied {
 pub struct Service {
     pub base: u32,
     pub policy: Policy,
+    /// As the service word has it; the settings may be ahead of it.
+    pub sticky: bool,
+    pub settings: Settings,
     pub words: Vec<SlotWord>,
+    /// What the words were made from; not known after a start.
+    pub made_from: Option<Weights>,
     pub backends: BTreeMap<Endpoint, Known>,
 }
 
@@ -60,6 +67,8 @@ pub struct Known {
 pub struct Dump {
     pub frontends: BTreeMap<Frontend, u32>,
     pub services: BTreeMap<u32, ServiceWord>,
+    /// Of the services that exist.
+    pub settings: BTreeMap<u32, Settings>,
     pub backends: BTreeMap<u32, Backend>,
     /// Backend ids that sockets are still counted on.
     pub busy: BTreeSet<u32>,
@@ -83,7 +92,7 @@ impl Applied {
             },
             resting: BTreeSet::new(),
             owners: BTreeMap::new(),
-            pending: Vec::new(),
+            pending: None,
             retired_services: Vec::new(),
             retired_slots: Vec::new(),
         }
@@ -110,7 +119,10 @@ impl Applied {
                 let service = Service {
                     base: word.base(),
                     policy: word.policy(),
+                    sticky: word.is_sticky(),
+                    settings: dump.settings.get(&id).copied().unwrap_or_default(),
                     words: slots(word),
+                    made_from: None,
                     backends: BTreeMap::new(),
                 };
                 applied.services.insert(id, service);
@@ -125,13 +137,24 @@ impl Applied {
             applied.owners.insert(id, (backend.service, endpoint));
             let owner = applied.services.get_mut(&backend.service);
             if owner.is_none_or(|service| service.backends.entry(endpoint).or_insert(known).id != id) {
-                strays.push(Op::DeleteBackend { id });
+                let drain_ms = u64::try_from(DRAIN.as_millis()).expect("20 s");
+                strays.push(Op::DeleteBackend { id, drain_ms });
             }
         }
         // Whatever was being replaced when the writing stopped is no longer read after this.
         repairs.push(Op::Grace);
         repairs.append(&mut strays);
         (applied, repairs)
+    }
+
+    /// Where a backend listens, and its service.
+    pub fn owner(&self, id: u32) -> Option<(u32, Endpoint)> {
+        self.owners.get(&id).copied()
+    }
+
+    /// Ids of backends that are gone, but that sockets are still counted on.
+    pub fn resting(&self) -> impl Iterator<Item = u32> {
+        self.resting.iter().copied()
     }
 
     /// The id of a frontend's backend.
@@ -165,9 +188,12 @@ impl Applied {
                     .backends
                     .insert(*endpoint, Known { id: *id, weight: *weight });
             }
-            Op::PutSlots { base, words } => {
+            Op::PutSlots { base, words, made_from } => {
                 self.alloc.slots.claim(*base, index(words.len()));
-                self.pending.clone_from(words);
+                self.pending = Some((words.clone(), made_from.clone()));
+            }
+            Op::PutSettings { service, settings } => {
+                self.services.entry(*service).or_default().settings = *settings;
             }
             Op::PutService { id, word } if word.exists() => {
                 self.alloc.services.claim(*id);
@@ -175,7 +201,10 @@ impl Applied {
                 self.retired_slots.push((service.base, index(service.words.len())));
                 service.base = word.base();
                 service.policy = word.policy();
-                service.words = std::mem::take(&mut self.pending);
+                service.sticky = word.is_sticky();
+                let (words, made_from) = self.pending.take().unwrap_or_default();
+                service.words = words;
+                service.made_from = Some(made_from);
             }
             Op::PutService { id, .. } => {
                 if let Some(service) = self.services.remove(id) {
@@ -189,7 +218,7 @@ impl Applied {
             Op::DeleteFrontend { frontend } => {
                 self.frontends.remove(frontend);
             }
-            Op::DeleteBackend { id } => {
+            Op::DeleteBackend { id, .. } => {
                 if let Some((service, endpoint)) = self.owners.remove(id)
                     && let Some(service) = self.services.get_mut(&service)
                     && service.backends.get(&endpoint).is_some_and(|backend| backend.id == *id)

@@ -1,6 +1,6 @@
 //! The plan against a model of the maps and of a reader that looks at them while they change.
 
-use std::{cell::Cell, net::Ipv4Addr};
+use std::{cell::Cell, collections::BTreeSet, net::Ipv4Addr};
 
 use mesh_common::abi::Backend;
 use proptest::prelude::*;
@@ -22,7 +22,8 @@ fn endpoint(n: u8) -> Endpoint {
 
 fn desired(services: &[(u8, &[(u8, u16)])]) -> Desired {
     let backends = |list: &[(u8, u16)]| list.iter().map(|(n, weight)| (endpoint(*n), *weight)).collect();
-    let wanted = |list| Wanted { policy: Policy::Random, backends: backends(list) };
+    let wanted =
+        |list| Wanted { policy: Policy::Random, settings: Settings::default(), backends: backends(list) };
     services.iter().map(|(n, list)| (frontend(*n), wanted(list))).collect()
 }
 
@@ -31,6 +32,7 @@ fn desired(services: &[(u8, &[(u8, u16)])]) -> Desired {
 struct Memory {
     frontends: BTreeMap<Frontend, u32>,
     services: Vec<ServiceWord>,
+    settings: Vec<Settings>,
     slots: Vec<SlotWord>,
     backends: Vec<Backend>,
 }
@@ -40,6 +42,7 @@ impl Memory {
         Self {
             frontends: BTreeMap::new(),
             services: vec![ServiceWord::default(); SIZES.services as usize],
+            settings: vec![Settings::default(); SIZES.services as usize],
             slots: vec![SlotWord::default(); SIZES.slots as usize],
             backends: vec![Backend::default(); SIZES.backends as usize],
         }
@@ -51,9 +54,10 @@ impl Memory {
                 let Endpoint { address, port } = *endpoint;
                 self.backends[*id as usize] = Backend::new(address, port, *service, *weight);
             }
-            Op::PutSlots { base, words } => {
+            Op::PutSlots { base, words, .. } => {
                 self.slots[*base as usize..][..words.len()].copy_from_slice(words);
             }
+            Op::PutSettings { service, settings } => self.settings[*service as usize] = *settings,
             Op::PutService { id, word } => self.services[*id as usize] = *word,
             Op::PutFrontend { frontend, service } => {
                 self.frontends.insert(*frontend, *service);
@@ -61,7 +65,7 @@ impl Memory {
             Op::DeleteFrontend { frontend } => {
                 self.frontends.remove(frontend);
             }
-            Op::DeleteBackend { id } => self.backends[*id as usize] = Backend::default(),
+            Op::DeleteBackend { id, .. } => self.backends[*id as usize] = Backend::default(),
             Op::Grace => {}
         }
     }
@@ -72,6 +76,7 @@ impl Memory {
         let backends = (0..).zip(&self.backends).filter(|(_, backend)| backend.in_use());
         let dump = Dump {
             frontends: self.frontends.clone(),
+            settings: services.clone().map(|(id, _)| (id, self.settings[id as usize])).collect(),
             services: services.map(|(id, word)| (id, *word)).collect(),
             backends: backends.map(|(id, backend)| (id, *backend)).collect(),
             busy: BTreeSet::new(),
@@ -129,7 +134,12 @@ fn worlds() -> impl Strategy<Value = Desired> {
         let backends =
             |list: BTreeMap<u8, u16>| list.into_iter().map(|(n, weight)| (endpoint(n), weight)).collect();
         let policy = |n| if n == 0 { Policy::LeastConnections } else { Policy::RoundRobin };
-        let wanted = |n, list| Wanted { policy: policy(n), backends: backends(list) };
+        let settings = |n| Settings { affinity_ms: n, ..Settings::default() };
+        let wanted = |n: u8, list| Wanted {
+            policy: policy(n),
+            settings: settings(n.into()),
+            backends: backends(list),
+        };
         services.into_iter().map(|(n, list)| (frontend(n), wanted(n, list))).collect()
     })
 }

@@ -63,7 +63,7 @@ fn the_objects_have_the_fields_that_do_not_change() {
         (&status["ready"], &status["services"], &status["backends"]),
         (&json!(true), &json!(1), &json!(1))
     );
-    assert_eq!(status["programs"].as_array().unwrap().len(), 9);
+    assert_eq!(status["programs"].as_array().unwrap().len(), 10);
     assert!(status["programs"].as_array().unwrap().iter().all(|program| program["attached"] == true));
     let registry = &status["registries"][0];
     assert_eq!((&registry["type"], &registry["state"]), (&json!("file"), &json!("synced")));
@@ -117,7 +117,7 @@ fn tables_are_for_people() {
     assert_eq!(run(&mesh, &["service", "list", "--no-headers"]).lines().count(), 1);
     assert!(run(&mesh, &["service", "list", "-o", "wide"]).contains("POLICY"));
     assert!(run(&mesh, &["service", "list", "-o", "yaml"]).contains("name: echo"));
-    assert!(run(&mesh, &["status"]).contains("9 of 9 attached"));
+    assert!(run(&mesh, &["status"]).contains("10 of 10 attached"));
     assert!(run(&mesh, &["status", "--verbose"]).contains("mesh_connect4 attached"));
     assert!(run(&mesh, &["backend", "list"]).contains(&format!("127.0.0.1:{}", server.port())));
     assert!(run(&mesh, &["bpf", "lb"]).contains("100.00 %"), "the pin folder is asked of the daemon");

@@ -11,7 +11,7 @@ use std::{
 use serde::{Deserialize, de::DeserializeOwned};
 
 use crate::{
-    model::{Health, Instance, Policy, Protocol, Service, ServiceId},
+    model::{DRAIN, Eject, Health, Instance, Policy, Protocol, Service, ServiceId},
     registry::{
         Claims,
         rules::{self, Rules},
@@ -78,8 +78,11 @@ struct RawService<I> {
     affinity: Option<Span>,
     drain: Option<Span>,
     retry: Option<Retry>,
-    eject: Option<Eject>,
+    eject: Option<RawEject>,
     check: Option<Check>,
+    slow_start: Option<Span>,
+    #[serde(default)]
+    panic_percent: u8,
     #[serde(default = "Vec::new")]
     instance: Vec<I>,
 }
@@ -105,16 +108,45 @@ fn hundred() -> u16 {
     100
 }
 
-// The settings below are checked now and acted on later, so that a file that one version takes,
-// the next one takes too.
+/// A time like `20s`.
+#[derive(Clone, Copy, Deserialize)]
+#[serde(transparent)]
+struct Span(#[serde(with = "humantime_serde")] Duration);
 
 #[derive(Deserialize)]
-#[serde(transparent)]
-struct Span(
-    #[serde(with = "humantime_serde")]
-    #[expect(dead_code, reason = "only its form is checked so far")]
-    Duration,
-);
+#[serde(deny_unknown_fields)]
+struct RawEject {
+    failures: Option<u16>,
+    base: Option<Span>,
+    max: Option<Span>,
+    max_percent: Option<u8>,
+}
+
+impl RawEject {
+    fn checked(self) -> Result<Eject, String> {
+        let default = Eject::default();
+        let base = self.base.map_or(default.base, |span| span.0);
+        let eject = Eject {
+            failures: self.failures.unwrap_or(default.failures),
+            base,
+            max: self.max.map_or(default.max.max(base), |span| span.0),
+            max_percent: self.max_percent.unwrap_or(default.max_percent),
+        };
+        if eject.max_percent > 100 {
+            return Err(format!("eject: max_percent {} is more than 100", eject.max_percent));
+        }
+        if eject.max < eject.base || eject.max > LONGEST {
+            return Err("eject: max must lie between base and 7 days".into());
+        }
+        Ok(eject)
+    }
+}
+
+/// The longest time a service can ask for: map entries hold it in 32 bits of milliseconds.
+const LONGEST: Duration = Duration::from_secs(7 * 24 * 3600);
+
+// The settings below are checked now and acted on later, so that a file that one version takes,
+// the next one takes too.
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -122,16 +154,6 @@ struct Span(
 struct Retry {
     attempts: Option<u8>,
     syn_timeout: Option<Span>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-#[expect(dead_code, reason = "only its form is checked so far")]
-struct Eject {
-    failures: Option<u32>,
-    base: Option<Span>,
-    max: Option<Span>,
-    max_percent: Option<u8>,
 }
 
 #[derive(Deserialize)]
@@ -274,7 +296,7 @@ where
         let Located { line, value } = service.located(lines);
         let instance = value.instance.into_iter().map(|instance| instance.located(lines)).collect();
         let RawService { name, namespace, protocol, port, vip, aliases, policy, .. } = value;
-        let RawService { affinity, drain, retry, eject, check, .. } = value;
+        let RawService { affinity, drain, retry, eject, check, slow_start, panic_percent, .. } = value;
         let value = RawService {
             name,
             namespace,
@@ -288,6 +310,8 @@ where
             retry,
             eject,
             check,
+            slow_start,
+            panic_percent,
             instance,
         };
         Located { line, value }
@@ -328,20 +352,34 @@ impl Checked {
         if !instances.is_empty() && instances.iter().all(|instance| instance.weight == 0) {
             return Err(problem("every instance has weight 0".into()));
         }
-        for (key, set) in [
-            ("policy = maglev", raw.policy == Policy::Maglev),
-            ("affinity", raw.affinity.is_some()),
-            ("drain", raw.drain.is_some()),
-            ("retry", raw.retry.is_some()),
-            ("eject", raw.eject.is_some()),
-            ("check", raw.check.is_some()),
-        ] {
+        for (key, set) in [("retry", raw.retry.is_some()), ("check", raw.check.is_some())] {
             if set {
                 self.later.insert(key);
             }
         }
         let vip = raw.vip.map(|vip| vip.to_canonical());
-        let service = Service { id, vip, aliases: raw.aliases, policy: raw.policy, instances };
+        for (key, span) in [("affinity", raw.affinity), ("drain", raw.drain), ("slow_start", raw.slow_start)]
+        {
+            if span.is_some_and(|span| span.0 > LONGEST) {
+                return Err(problem(format!("{key} is longer than 7 days")));
+            }
+        }
+        if raw.panic_percent > 100 {
+            return Err(problem(format!("panic_percent {} is more than 100", raw.panic_percent)));
+        }
+        let service = Service {
+            id,
+            vip,
+            aliases: raw.aliases,
+            policy: raw.policy,
+            // An affinity of no time is none.
+            affinity: raw.affinity.map(|span| span.0).filter(|time| !time.is_zero()),
+            drain: raw.drain.map_or(DRAIN, |span| span.0),
+            eject: raw.eject.map_or_else(|| Ok(Eject::default()), RawEject::checked).map_err(problem)?,
+            slow_start: raw.slow_start.map(|span| span.0),
+            panic_percent: raw.panic_percent,
+            instances,
+        };
         self.claims.add(&service).map_err(problem)?;
         self.services.push(service);
         Ok(())
