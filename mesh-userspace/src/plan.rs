@@ -173,8 +173,9 @@ impl Planner<'_> {
         let id = known.unwrap_or_else(|| self.alloc.services.take().expect("one is free"));
         let mut taken = Vec::with_capacity(new);
         let mut weights = Vec::with_capacity(backends.len());
-        // Before the service word: what it leads to. After it: what it no longer leads to.
-        let (mut before, mut after) = (Vec::new(), Vec::new());
+        // All this comes before the service word. A backend that is to get no more connections is
+        // marked first: the workloads and datagram sockets that keep it look for another one.
+        let mut ops = Vec::new();
         for (&endpoint, &weight) in backends {
             let known = backend_of(&endpoint);
             let backend = known.map(|backend| backend.id).unwrap_or_else(|| {
@@ -182,15 +183,22 @@ impl Planner<'_> {
                 taken[taken.len() - 1]
             });
             if known.is_none_or(|backend| backend.weight != weight) {
-                let put = Op::PutBackend { id: backend, service: id, endpoint, weight };
-                if weight > 0 { before.push(put) } else { after.push(put) }
+                ops.push(Op::PutBackend { id: backend, service: id, endpoint, weight });
             }
             if weight > 0 {
                 weights.push((backend, u32::from(weight), endpoint));
             }
         }
+        let had = current.into_iter().flat_map(|service| &service.backends);
+        let mut gone = Vec::new();
+        for (&endpoint, known) in had.filter(|(endpoint, _)| !backends.contains_key(*endpoint)) {
+            gone.push(known.id);
+            if known.weight > 0 {
+                ops.push(Op::PutBackend { id: known.id, service: id, endpoint, weight: 0 });
+            }
+        }
         if current.is_none_or(|service| service.settings != *settings) {
-            before.push(Op::PutSettings { service: id, settings: *settings });
+            ops.push(Op::PutSettings { service: id, settings: *settings });
         }
         let sticky = settings.affinity_ms > 0;
         let known_word = current.filter(|service| (service.policy, service.sticky) == (*policy, sticky));
@@ -209,17 +217,15 @@ impl Planner<'_> {
             };
             let word = ServiceWord::new(base, index(words.len()), *policy, sticky);
             if !words.is_empty() {
-                before.push(Op::PutSlots { base, words, made_from: weights });
+                ops.push(Op::PutSlots { base, words, made_from: weights });
             }
-            before.push(Op::PutService { id, word });
+            ops.push(Op::PutService { id, word });
         }
         if known.is_none() {
-            before.push(Op::PutFrontend { frontend, service: id });
+            ops.push(Op::PutFrontend { frontend, service: id });
         }
-        self.ops.extend(before.into_iter().chain(after));
-        let had = current.into_iter().flat_map(|service| &service.backends);
-        let gone = had.filter(|(endpoint, _)| !backends.contains_key(*endpoint));
-        self.unused.extend(gone.map(|(_, backend)| (backend.id, settings.drain_ms)));
+        self.ops.extend(ops);
+        self.unused.extend(gone.into_iter().map(|id| (id, settings.drain_ms)));
         Ok(())
     }
 

@@ -175,14 +175,15 @@ impl Reconciler {
         }
     }
 
-    /// Keeps since when the backends of services with a slow start are known.
+    /// Keeps since when the backends of services with a slow start are known. Those that a service
+    /// begins with are as warm as each other.
     fn warm(&mut self, catalog: &Catalog) {
         let applied = self.applied.read().expect("no writer panics");
         let slow = catalog.backends().filter_map(|(service, frontend, endpoint)| {
             let window = service.slow_start?;
             let since = match self.warming.get(&(frontend, endpoint)) {
                 Some(since) => *since,
-                None if applied.backend_id(&frontend, &endpoint).is_none() => Instant::now(),
+                None if applied.is_joined_by(&frontend, &endpoint) => Instant::now(),
                 None => return None,
             };
             (since.elapsed() < window).then_some(((frontend, endpoint), since))

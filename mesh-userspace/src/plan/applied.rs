@@ -163,6 +163,13 @@ impl Applied {
         service.backends.get(endpoint).map(|backend| backend.id)
     }
 
+    /// Whether a backend is new to a frontend that has others.
+    pub fn is_joined_by(&self, frontend: &Frontend, endpoint: &Endpoint) -> bool {
+        let service = self.frontends.get(frontend).and_then(|id| self.services.get(id));
+        service
+            .is_some_and(|service| !service.backends.is_empty() && !service.backends.contains_key(endpoint))
+    }
+
     /// Gives back the ids of backends that are gone and on which, as `is_idle` says, no socket is
     /// counted any more: so a new backend does not inherit the connections of an old one.
     pub fn reclaim(&mut self, is_idle: impl Fn(u32) -> bool) {

@@ -1,9 +1,11 @@
 //! mesh on a real kernel, with real sockets and real servers. Needs root: `cargo xtask test`.
 
+mod affinity;
 mod commands;
 mod connect;
 mod daemon;
 mod datagram;
+mod eject;
 mod input;
 mod load;
 mod policy;
