@@ -7,9 +7,10 @@ use std::{
     time::Duration,
 };
 
+use anyhow::Context;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
-use crate::{api::objects, config, daemon, datapath, registry};
+use crate::{api::objects, config, daemon, datapath, registry, upkeep};
 
 mod bpf;
 mod check;
@@ -198,9 +199,11 @@ impl Cli {
             Command::Config(ConfigCommand::Validate { file }) => validate(&file)?,
             Command::Cleanup(arg) => {
                 let config = config::load(arg.path())?;
-                for path in datapath::cleanup(&datapath::Pins::new(config.node.pin_dir))? {
+                let pins = datapath::Pins::new(config.node.pin_dir);
+                for path in datapath::cleanup(&pins)? {
                     eprintln!("removed {}", path.display());
                 }
+                upkeep::cleanup(&pins).context("cannot remove the routes for the VIP ranges")?;
             }
             Command::Completion { shell } => {
                 let mut script = Vec::new();

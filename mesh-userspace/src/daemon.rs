@@ -7,7 +7,7 @@
 use std::{
     io,
     path::{Path, PathBuf},
-    sync::{Arc, RwLock, atomic::AtomicBool, atomic::Ordering},
+    sync::{Arc, RwLock, atomic::AtomicBool, atomic::Ordering, mpsc},
 };
 
 use anyhow::{Context, anyhow};
@@ -26,6 +26,7 @@ use crate::{
     plan::Applied,
     reconcile::{Reconciler, Report},
     registry::{self, Publisher, State, file::Source},
+    upkeep::Upkeep,
     web,
 };
 
@@ -73,7 +74,9 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
     let web = web::bind(config.web.listen).await?;
 
     let pins = datapath.pins().clone();
-    let reconciler = Reconciler::new(datapath, config.node.zone.clone())?;
+    let (leaving, left) = mpsc::channel();
+    let reconciler = Reconciler::new(datapath, config.node.zone.clone(), leaving)?;
+    let upkeep = Upkeep::new(&pins, cgroup.clone(), config.rules.vip_ranges.clone(), reconciler.applied())?;
     let socket_path = config.api.socket.clone();
     let (config, _) = watch::channel(Arc::new(config));
     let registries = watch::Sender::new(Vec::new());
@@ -98,6 +101,7 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         let _writer_runs = writer_runs;
         reconciler.run(&runtime, catalog);
     });
+    let upkeep = std::thread::spawn(move || upkeep.run(&left));
     let mut merge = tokio::spawn(merge(registries.subscribe(), vips, catalog_sender));
     let mut api = tokio::spawn(api::serve(socket, view.clone()));
     let mut web = tokio::spawn(web::serve(web, view.clone()));
@@ -115,7 +119,7 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
     // The last catalog is written before the writer's channel closes.
     merge.abort();
     let _ = merge.await;
-    let _ = tokio::task::spawn_blocking(move || writer.join()).await;
+    let _ = tokio::task::spawn_blocking(move || (writer.join(), upkeep.join())).await;
     let _ = std::fs::remove_file(socket_path);
     tracing::info!("mesh stops; the datapath stays in place (`mesh cleanup` removes it)");
     end

@@ -162,7 +162,6 @@ pub struct Maps {
     load: Words,
     health: Words,
     ejected: Words,
-    sockets: Words,
     grace: Grace,
     sizes: Sizes,
 }
@@ -249,7 +248,6 @@ impl Maps {
         let settings = pinned(pins, map::SETTINGS, size_of::<u32>(), size_of::<Settings>())?;
         let health = pinned(pins, map::HEALTH, size_of::<u32>(), size_of::<u64>())?;
         let ejected = pinned(pins, map::EJECTED, size_of::<u32>(), size_of::<u64>())?;
-        let sockets = pinned(pins, map::SOCKETS, size_of::<u32>(), size_of::<Set>())?;
         pinned(pins, map::AFFINITY, size_of::<Client>(), size_of::<u64>())?;
         let sizes = Sizes {
             frontends: entries(&frontends, map::FRONTENDS)?,
@@ -264,7 +262,6 @@ impl Maps {
             load: words(&load, map::LOAD, sizes.backends)?,
             health: words(&health, map::HEALTH, sizes.backends)?,
             ejected: words(&ejected, map::EJECTED, sizes.services)?,
-            sockets: words(&sockets, map::SOCKETS, PLACES * PLACE_WORDS)?,
             frontends: HashMap::try_from(Map::HashMap(frontends)).map_err(map_error(map::FRONTENDS))?,
             backends: Array::try_from(Map::Array(backends)).map_err(map_error(map::BACKENDS))?,
             grace: Grace::new().map_err(io_error("cannot make a map of maps"))?,
@@ -335,29 +332,6 @@ impl Maps {
         }
     }
 
-    /// The places in `SOCKETS` that are taken.
-    pub fn sockets(&self) -> Vec<Place> {
-        let place = |index| Place {
-            index,
-            cookie: self.sockets.load(index * PLACE_WORDS),
-            backend: self.sockets.load(index * PLACE_WORDS + 1),
-        };
-        (0..PLACES).map(place).filter(|place| place.cookie != 0).collect()
-    }
-
-    /// Frees the place of a socket that is no more, unless it has been freed meanwhile.
-    pub fn free(&self, place: Place) {
-        let at = place.index * PLACE_WORDS;
-        if self.sockets.load(at) == place.cookie && self.sockets.replace(at + 1, place.backend, 0) {
-            if let Ok(backend) = u32::try_from(place.backend)
-                && backend != 0
-            {
-                self.load.add(backend, u64::MAX);
-            }
-            self.sockets.replace(at, place.cookie, 0);
-        }
-    }
-
     /// A service's slots.
     pub fn slots(&self, word: ServiceWord) -> Vec<SlotWord> {
         let range = word.base()..word.base() + word.count();
@@ -415,6 +389,47 @@ impl Maps {
 const PLACES: u32 = SETS * WAYS as u32;
 #[expect(clippy::cast_possible_truncation, reason = "8")]
 const PLACE_WORDS: u32 = (size_of::<Socket>() / size_of::<u64>()) as u32;
+
+/// The connected sockets that the kernel keeps in `SOCKETS`.
+pub struct Sockets {
+    sockets: Words,
+    load: Words,
+}
+
+impl Sockets {
+    pub fn open(pins: &Pins) -> Result<Self> {
+        let sockets = pinned(pins, map::SOCKETS, size_of::<u32>(), size_of::<Set>())?;
+        let load = pinned(pins, map::LOAD, size_of::<u32>(), size_of::<u64>())?;
+        let backends = entries(&load, map::LOAD)?;
+        Ok(Self {
+            sockets: words(&sockets, map::SOCKETS, PLACES * PLACE_WORDS)?,
+            load: words(&load, map::LOAD, backends)?,
+        })
+    }
+
+    /// The places in `SOCKETS` that are taken.
+    pub fn taken(&self) -> Vec<Place> {
+        let place = |index| Place {
+            index,
+            cookie: self.sockets.load(index * PLACE_WORDS),
+            backend: self.sockets.load(index * PLACE_WORDS + 1),
+        };
+        (0..PLACES).map(place).filter(|place| place.cookie != 0).collect()
+    }
+
+    /// Frees the place of a socket that is no more, unless it has been freed meanwhile.
+    pub fn free(&self, place: Place) {
+        let at = place.index * PLACE_WORDS;
+        if self.sockets.load(at) == place.cookie && self.sockets.replace(at + 1, place.backend, 0) {
+            if let Ok(backend) = u32::try_from(place.backend)
+                && backend != 0
+            {
+                self.load.add(backend, u64::MAX);
+            }
+            self.sockets.replace(at, place.cookie, 0);
+        }
+    }
+}
 
 /// What the kernel counts.
 pub struct Stats {

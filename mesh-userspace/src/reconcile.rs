@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::{Arc, RwLock},
+    sync::{Arc, RwLock, mpsc},
     time::{Duration, Instant},
 };
 
@@ -13,7 +13,9 @@ use mesh_common::abi::Frontend;
 use crate::{
     catalog::{self, Catalog},
     datapath::{Datapath, Error, Maps, PROGRAMS},
-    plan::{self, Applied, Endpoint},
+    model::{DRAIN, Protocol},
+    plan::{self, Applied, Endpoint, Op},
+    upkeep::Leaving,
 };
 
 /// How often the programs' places are looked at, and how long after a failed write the next try
@@ -39,6 +41,8 @@ pub struct Reconciler {
     report: watch::Sender<Report>,
     /// Whether our programs, not those of an earlier daemon, were put in place.
     attached: bool,
+    /// Who is told which backends are gone.
+    leaving: mpsc::Sender<Leaving>,
     zone: Option<String>,
     /// Backends of services with a slow start, and since when they are known.
     warming: BTreeMap<(Frontend, Endpoint), Instant>,
@@ -72,11 +76,18 @@ impl Reconciler {
     /// Reads the maps. Where they hold something to serve, puts the programs in place at once;
     /// otherwise only after the first round, so that running programs are not swapped for ones
     /// that know nothing.
-    pub fn new(mut datapath: Datapath, zone: Option<String>) -> Result<Self, Error> {
+    pub fn new(
+        mut datapath: Datapath,
+        zone: Option<String>,
+        leaving: mpsc::Sender<Leaving>,
+    ) -> Result<Self, Error> {
         let applied = datapath.maps.restore()?;
         let attached = !applied.frontends.is_empty();
         if attached {
             datapath.attach()?;
+        }
+        for backend in applied.resting() {
+            let _ = leaving.send(Leaving { backend, due: Instant::now() + DRAIN, was: None });
         }
         let report = watch::Sender::new(Report::default());
         Ok(Self {
@@ -84,6 +95,7 @@ impl Reconciler {
             applied: Arc::new(RwLock::new(applied)),
             report,
             attached,
+            leaving,
             zone,
             warming: BTreeMap::new(),
             ejected: BTreeSet::new(),
@@ -164,15 +176,35 @@ impl Reconciler {
                 warming: &self.warming,
             });
             let plan = plan::plan(&desired, &self.applied.read().expect("no writer panics"), catalog.prune());
+            let leaving = self.leaving(&plan.ops);
             for op in &plan.ops {
                 self.datapath.maps.write(op)?;
                 self.applied.write().expect("no writer panics").apply(op);
+            }
+            for leaving in leaving {
+                // Without anybody to tell, the daemon is about to end.
+                let _ = self.leaving.send(leaving);
             }
             self.reclaim();
             if plan.refused.is_empty() || plan.ops.is_empty() {
                 return Ok(plan.refused.iter().map(ToString::to_string).collect());
             }
         }
+    }
+
+    /// The backends that a plan removes.
+    fn leaving(&self, ops: &[Op]) -> Vec<Leaving> {
+        let applied = self.applied.read().expect("no writer panics");
+        let leaving = |op: &Op| {
+            let Op::DeleteBackend { id, drain_ms } = op else { return None };
+            let (protocol, endpoint) = applied.whereabouts(*id)?;
+            Some(Leaving {
+                backend: *id,
+                due: Instant::now() + Duration::from_millis(*drain_ms),
+                was: Protocol::from_number(protocol).map(|protocol| (protocol, endpoint)),
+            })
+        };
+        ops.iter().filter_map(leaving).collect()
     }
 
     /// Keeps since when the backends of services with a slow start are known. Those that a service

@@ -147,9 +147,18 @@ impl Applied {
         (applied, repairs)
     }
 
-    /// Where a backend listens, and its service.
-    pub fn owner(&self, id: u32) -> Option<(u32, Endpoint)> {
-        self.owners.get(&id).copied()
+    /// A backend's protocol, and where it listens.
+    pub fn whereabouts(&self, id: u32) -> Option<(u8, Endpoint)> {
+        let (service, endpoint) = self.owners.get(&id)?;
+        let (frontend, _) = self.frontends.iter().find(|(_, id)| *id == service)?;
+        Some((frontend.protocol, *endpoint))
+    }
+
+    /// Whether some service has a backend there.
+    pub fn has(&self, protocol: u8, endpoint: &Endpoint) -> bool {
+        let services = self.frontends.iter().filter(|(frontend, _)| frontend.protocol == protocol);
+        let mut services = services.filter_map(|(_, id)| self.services.get(id));
+        services.any(|service| service.backends.contains_key(endpoint))
     }
 
     /// Ids of backends that are gone, but that sockets are still counted on.

@@ -7,6 +7,7 @@ mod daemon;
 mod datagram;
 mod eject;
 mod input;
+mod left;
 mod load;
 mod policy;
 mod servers;

@@ -1,0 +1,228 @@
+//! Sockets left behind on backends that are gone, and what no hook translates.
+
+use std::process::Command;
+
+use mesh_tests::{Mesh, datagram_service, netns::Pair, server::Server, service, text, wait_until};
+
+const VIP: &str = "127.128.13.1";
+
+fn drained(services: String) -> String {
+    services.replace("policy", "drain = \"300ms\"\npolicy")
+}
+
+/// A client with a connected TCP and UDP socket and an unconnected one; it says what became of them.
+const CLIENT: &str = r#"
+import errno, socket, sys
+VIP = "127.128.13.1"
+def ask():
+    print("at", flush=True)
+    sys.stdin.readline()
+t = socket.create_connection((VIP, 80), 5); t.recv(9)
+plain = socket.create_connection(PLAIN, 5); plain.recv(9)
+u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.connect((VIP, 81)); u.send(b"x"); u.recv(9)
+free = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); free.sendto(b"x", (VIP, 81)); free.recv(9)
+port = free.getsockname()[1]
+ask()
+t.settimeout(5)
+u.settimeout(5)
+try:
+    t.recv(9); print("tcp eof", flush=True)
+except OSError as error:
+    print("tcp", errno.errorcode[error.errno], flush=True)
+try:
+    u.send(b"x"); print("udp sent", flush=True)
+except OSError as error:
+    print("udp", errno.errorcode[error.errno], flush=True)
+assert free.getsockname()[1] == port
+plain.send(b"still there")
+t.close(); u.close(); free.close(); plain.close()
+print("rest untouched", flush=True)
+"#;
+
+/// The server keeps its connections open.
+fn keeper(address: &str) -> std::net::SocketAddr {
+    let listener = std::net::TcpListener::bind(address).unwrap();
+    let address = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        let mut all = Vec::new();
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let _ = std::io::Write::write_all(&mut stream, b"x");
+            all.push(stream);
+        }
+    });
+    address
+}
+
+#[test]
+fn connected_sockets_to_a_removed_backend_are_closed_after_its_drain_time() {
+    let tcp = keeper("127.0.0.1:0");
+    let udp = Server::datagrams("x", "127.0.0.1:0");
+    let services = service("t", 80, VIP, &[("127.0.0.1", tcp.port())])
+        + &datagram_service("u", 81, VIP, &[("127.0.0.1", udp.port())]);
+    let mesh = Mesh::start(&drained(services));
+    let plain = format!("PLAIN = (\"127.0.0.1\", {})\n", tcp.port());
+    let mut client = mesh.dialogue(&(plain + CLIENT));
+    assert_eq!(client.hear(), "at");
+    mesh.write(&drained(service("t", 80, VIP, &[]) + &datagram_service("u", 81, VIP, &[])));
+    wait_until("they are closed", || mesh.log().contains("closed 2 sockets"));
+    client.go_on();
+    assert_eq!(client.hear(), "tcp ECONNABORTED");
+    assert!(["udp EDESTADDRREQ", "udp ENOTCONN", "udp ECONNABORTED"].contains(&client.hear().as_str()));
+    assert_eq!(client.hear(), "rest untouched");
+    assert!(client.end().success());
+}
+
+#[test]
+fn sockets_in_other_namespaces_are_closed_too_also_after_a_restart() {
+    let pair = Pair::new();
+    let services = service("t", 80, VIP, &[("10.213.0.2", 8080)]);
+    let mut mesh = Mesh::start(&drained(services));
+    let server = r#"
+import socket, sys
+s = socket.create_server(("10.213.0.2", 8080))
+print("up", flush=True)
+c, _ = s.accept()
+sys.stdin.readline()
+"#;
+    let mut listening = pair.server.command("python3");
+    listening.args(["-c", server]);
+    let mut listening = mesh_tests::Dialogue::start(listening);
+    assert_eq!(listening.hear(), "up");
+    let program = format!(
+        "import errno, socket\ns = socket.create_connection((\"{VIP}\", 80), 5)\nprint(\"up\", flush=True)\n\
+         s.settimeout(40)\ntry:\n    s.recv(9)\nexcept OSError as error:\n    print(errno.errorcode[error.errno], flush=True)"
+    );
+    let [nsenter, net] = pair.client.enter();
+    let mut client = mesh.inside(nsenter);
+    client.arg(net).args(["python3", "-c", &program]);
+    let mut client = mesh_tests::Dialogue::start(client);
+    assert_eq!(client.hear(), "up");
+    mesh.kill();
+    mesh.write(&drained(service("t", 80, VIP, &[])));
+    mesh.launch();
+    mesh.ready();
+    assert_eq!(client.hear(), "ECONNABORTED");
+    client.end();
+    listening.end();
+}
+
+#[test]
+fn a_backend_that_comes_back_in_time_keeps_its_sockets() {
+    let tcp = keeper("127.0.0.1:0");
+    let with = drained(service("t", 80, VIP, &[("127.0.0.1", tcp.port())]));
+    let mesh = Mesh::start(&with);
+    let program = format!(
+        "import socket, sys\ns = socket.create_connection((\"{VIP}\", 80), 5)\ns.recv(9)\nprint(\"up\", flush=True)\n\
+         sys.stdin.readline()\ns.send(b\"x\")\ns.setblocking(False)\ntry:\n    s.recv(9)\nexcept BlockingIOError:\n    print(\"open\", flush=True)"
+    );
+    let mut client = mesh.dialogue(&program);
+    assert_eq!(client.hear(), "up");
+    mesh.write(&drained(service("t", 80, VIP, &[])));
+    mesh.wait_for_backends(&format!("{VIP}:80"), 0);
+    mesh.write(&with);
+    mesh.wait_for_backends(&format!("{VIP}:80"), 1);
+    std::thread::sleep(std::time::Duration::from_millis(800));
+    client.go_on();
+    assert_eq!(client.hear(), "open");
+    client.end();
+}
+
+/// What a socket outside the hooks, or of a kind that has none, gets for a VIP: an error, at once.
+const PROBES: &str = r#"
+import errno, socket, struct
+UDPLITE = 136
+def probe(name, make, act):
+    try:
+        s = make()
+    except OSError:
+        print(name, "EHOSTUNREACH")
+        return
+    s.settimeout(5)
+    try:
+        act(s); print(name, "went through")
+    except OSError as error:
+        print(name, errno.errorcode.get(error.errno, error))
+for family, vip in ((socket.AF_INET, "127.128.13.1"), (socket.AF_INET6, "fd00:6d65:7368::1")):
+    icmp = socket.IPPROTO_ICMP if family == socket.AF_INET else socket.IPPROTO_ICMPV6
+    echo = struct.pack("!BBHHH", 8 if family == socket.AF_INET else 128, 0, 0, 1, 1)
+    probe("udplite", lambda: socket.socket(family, socket.SOCK_DGRAM, UDPLITE), lambda s: s.connect((vip, 80)))
+    probe("udplite-sendto", lambda: socket.socket(family, socket.SOCK_DGRAM, UDPLITE), lambda s: s.sendto(b"x", (vip, 80)))
+    probe("raw", lambda: socket.socket(family, socket.SOCK_RAW, icmp), lambda s: s.sendto(echo, (vip, 0)))
+    if OUTSIDE:
+        probe("tcp", lambda: socket.socket(family), lambda s: s.connect((vip, 80)))
+        probe("udp", lambda: socket.socket(family, socket.SOCK_DGRAM), lambda s: s.sendto(b"x", (vip, 80)))
+"#;
+
+#[test]
+fn what_cannot_be_translated_fails_at_once_and_locally() {
+    // Somebody listens on all addresses.
+    let _everywhere = Server::start_at("everywhere", "0.0.0.0:0");
+    let server = Server::start("echo");
+    let mut mesh = Mesh::start(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
+    let refused = |output: std::process::Output| {
+        assert!(output.status.success(), "{}", text(&output));
+        let lines = String::from_utf8(output.stdout).unwrap();
+        assert!(lines.lines().count() >= 6, "{lines}");
+        let errors = ["EHOSTUNREACH", "ENETUNREACH", "ECONNREFUSED"];
+        lines.lines().all(|line| errors.iter().any(|error| line.ends_with(error)))
+    };
+    let probes = |outside: &str| format!("OUTSIDE = {outside}\n{PROBES}");
+    wait_until("outside the cgroup", || {
+        refused(Command::new("python3").args(["-c", &probes("True")]).output().unwrap())
+    });
+    assert!(refused(mesh.inside("python3").args(["-c", &probes("False")]).output().unwrap()));
+
+    // In a task's own namespace as soon as it has been seen.
+    let pair = Pair::new();
+    let [nsenter, net] = pair.client.enter();
+    let mut task = mesh.inside(&nsenter);
+    task.args([&net, "sleep", "60"]);
+    let mut task = task.spawn().unwrap();
+    wait_until("in the namespace", || {
+        refused(pair.client.command("python3").args(["-c", &probes("True")]).output().unwrap())
+    });
+    task.kill().unwrap();
+    task.wait().unwrap();
+
+    // It goes with the rest, and takes no other daemon's along.
+    let routes = |host: Option<&Pair>| {
+        let args = ["route", "show", "table", "local", "proto", "109"];
+        let output = match host {
+            Some(pair) => pair.client.command("ip").args(args).output().unwrap(),
+            None => Command::new("ip").args(args).output().unwrap(),
+        };
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let other = Mesh::start("");
+    let before = routes(None);
+    assert!(before.contains("unreachable 127.128.0.0/10"), "{before}");
+    wait_until("the other daemon has its own", || routes(None).lines().count() >= 2);
+    mesh.stop();
+    assert!(mesh.cleanup().status.success());
+    assert_eq!(routes(Some(&pair)), "");
+    assert!(routes(None).contains("unreachable 127.128.0.0/10"));
+    drop(other);
+}
+
+#[test]
+fn a_socket_that_ended_unseen_is_taken_off_the_count() {
+    let tcp = keeper("127.0.0.1:0");
+    let mut mesh = Mesh::start(&service("t", 80, VIP, &[("127.0.0.1", tcp.port())]));
+    let program = format!(
+        "import socket, sys\ns = [socket.create_connection((\"{VIP}\", 80), 5) for _ in range(3)]\nprint(\"up\", flush=True)\nsys.stdin.readline()"
+    );
+    let (mut lost, mut kept) = (mesh.dialogue(&program), mesh.dialogue(&program));
+    assert_eq!((lost.hear(), kept.hear()), ("up".into(), "up".into()));
+    // Nobody sees these end.
+    mesh.kill();
+    std::fs::remove_file(mesh.pin_dir.join("link/mesh_release")).unwrap();
+    lost.end();
+    mesh.launch();
+    mesh.ready();
+    let active = || mesh.json(&["backend", "list"])[0]["connections"]["active"].clone();
+    assert_eq!(active(), 6);
+    wait_until("two looks agree that three are gone", || active() == 3);
+    kept.end();
+    wait_until("the others are seen", || active() == 0);
+}
