@@ -35,6 +35,11 @@ fn kernel_objects(mesh: &Mesh) -> (Value, Value, Vec<Value>) {
     (json("lb"), json("maps"), links)
 }
 
+/// A VIP that no hook translates: nobody listens there, and where some daemon runs there is a route.
+fn is_refused(answer: &str) -> bool {
+    ["ECONNREFUSED", "EHOSTUNREACH"].contains(&answer)
+}
+
 #[test]
 fn the_datapath_works_without_the_daemon_and_a_restart_changes_nothing() {
     let (a, b) = (Server::start("echo"), Server::start("echo"));
@@ -100,7 +105,7 @@ fn cleanup_removes_everything_of_ours_and_nothing_else() {
     let foreign = mesh.pin_dir.join("not-ours");
     fs::create_dir(&foreign).unwrap();
     assert!(mesh.cleanup().status.success());
-    assert_eq!(dial(&mesh), "ECONNREFUSED", "the programs are gone");
+    assert!(is_refused(&dial(&mesh)), "the programs are gone");
     let left: Vec<_> = fs::read_dir(&mesh.pin_dir).unwrap().map(|entry| entry.unwrap().path()).collect();
     assert_eq!(left, std::slice::from_ref(&foreign));
     fs::remove_dir(foreign).unwrap();
@@ -144,7 +149,7 @@ fn a_daemon_for_another_cgroup_takes_its_programs_along() {
         .unwrap();
     mesh.launch();
     mesh.ready();
-    assert_eq!(dial(&mesh), "ECONNREFUSED", "no longer managed");
+    assert!(is_refused(&dial(&mesh)), "no longer managed");
     let script = format!(
         "echo $$ > {}/cgroup.procs && exec python3 -c 'import socket; print(socket.create_connection((\"{VIP}\", 80), 5).recv(9).decode())'",
         inner.display()
@@ -215,7 +220,7 @@ fn a_lost_link_is_made_good_within_seconds() {
     let server = Server::start("echo");
     let mesh = Mesh::start(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
     fs::remove_file(mesh.pin_dir.join("link/mesh_connect4")).unwrap();
-    assert_eq!(dial(&mesh), "ECONNREFUSED", "the test took the program away");
+    assert!(is_refused(&dial(&mesh)), "the test took the program away");
     wait_until("it is back", || dial(&mesh) == "echo");
     mesh.ready();
 }
