@@ -63,8 +63,8 @@ fn translate_datagram<const V4: bool>(hook: &Hook<V4>) -> Result<Outcome, Outcom
         send_to(hook, &service.choose()?.origin)?;
         return Ok(Outcome::OriginLost);
     };
-    let known = peers.peers.iter().position(|peer| service.is_dialled_by(peer));
-    if let Some(peer) = known.and_then(|at| peers.peers.get(at))
+    let known = peers.peers.iter().find(|peer| service.is_dialled_by(peer));
+    if let Some(peer) = known
         && service.still_selects(peer)
     {
         send_to(hook, peer)?;
@@ -72,12 +72,15 @@ fn translate_datagram<const V4: bool>(hook: &Hook<V4>) -> Result<Outcome, Outcom
     }
     let origin = service.choose()?.origin;
     send_to(hook, &origin)?;
-    store(peers, known, origin);
+    store(peers, &service, origin);
     Ok(Outcome::Translated)
 }
 
+/// In the place that the VIP has, else in the oldest one. That place is looked for only now: were
+/// it known before, the verifier would go through the choice once for each.
 #[inline(always)]
-fn store(peers: &mut Peers, known: Option<usize>, origin: Origin) {
+fn store(peers: &mut Peers, service: &Service, origin: Origin) {
+    let known = peers.peers.iter().position(|peer| service.is_dialled_by(peer));
     let at = known.unwrap_or_else(|| {
         let next = peers.next;
         peers.next = next.wrapping_add(1);

@@ -67,6 +67,8 @@ struct ProgramRow {
     link: Option<u32>,
     program: Option<u32>,
     cgroup: Option<u64>,
+    /// What the verifier looked at; from Linux 5.16 on.
+    verified_instructions: Option<u32>,
     /// Counted only while kernel.bpf_stats_enabled is set.
     runs: Option<u64>,
     run_ns: Option<u128>,
@@ -83,6 +85,7 @@ pub(super) fn programs(pins: &Pins, format: Format) -> anyhow::Result<()> {
             link: info.map(|info| info.id),
             program: info.map(|info| info.program),
             cgroup: info.map(|info| info.cgroup),
+            verified_instructions: program.as_ref().and_then(ProgramInfo::verified_instruction_count),
             runs: program.as_ref().map(ProgramInfo::run_count),
             run_ns: program.as_ref().map(|program| program.run_time().as_nanos()),
         }
