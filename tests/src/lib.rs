@@ -29,6 +29,16 @@ pub fn binary() -> PathBuf {
     path
 }
 
+/// Whether the full counts were asked for (`cargo xtask test --long`).
+pub fn is_long() -> bool {
+    std::env::var_os("MESH_TEST_LONG").is_some()
+}
+
+/// A measured figure, for a person to read: `cargo xtask test --long` keeps them.
+pub fn figure(text: &str) {
+    println!("figure: {text}");
+}
+
 /// Nanoseconds on the clock that all processes share.
 pub fn now() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);

@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use crate::{
     build,
     node::Node,
-    tools::{self, again_as_root, enter, output, root},
+    tools::{self, again_as_root, commit, enter, output, root},
 };
 
 const VIP: &str = "127.128.0.20";
@@ -220,12 +220,6 @@ fn markdown(rows: &[Value]) -> anyhow::Result<String> {
         writeln!(text, "| {} | {} | {value:.0} {} | {versus} |", word("measure"), word("arm"), word("unit"))?;
     }
     Ok(text)
-}
-
-fn commit() -> Option<String> {
-    let commit =
-        output(Command::new("git").args(["describe", "--always", "--dirty"]).current_dir(root())).ok()?;
-    Some(commit.trim().to_owned())
 }
 
 fn median(mut values: Vec<f64>) -> f64 {

@@ -12,7 +12,7 @@ pub(crate) fn run() -> anyhow::Result<()> {
     step("format", || command(cargo().args(["fmt", "--all", "--check"])))?;
     step("example", || example::run(&example::Args::once()))?;
     step("lints", lints)?;
-    step("tests", test::run)
+    step("tests", || test::run(&test::Args::default()))
 }
 
 fn lints() -> anyhow::Result<()> {

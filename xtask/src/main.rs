@@ -33,7 +33,7 @@ enum Command {
     /// kernel. Needs root or sudo. Arguments behind `--` go to `mesh run` instead.
     Run(run::Args),
     /// Run every test, including those that need root.
-    Test,
+    Test(test::Args),
     /// Measure what a connect costs, against direct connects; writes bench/report/. Needs root or sudo.
     Bench(bench::Args),
     /// What CI runs: format, lints, the example, every test.
@@ -54,7 +54,7 @@ fn main() -> ExitCode {
         Command::Setup => setup::everything(),
         Command::Build => build::mesh(),
         Command::Run(args) => run::run(&args),
-        Command::Test => test::run(),
+        Command::Test(args) => test::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::BenchClient(args) => bench::client(&args),
         Command::Ci => ci::run(),

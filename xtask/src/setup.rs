@@ -1,6 +1,11 @@
 //! Set-up: uses what is there, installs what is missing, says what it does.
 
-use std::{env, fs, os::unix::fs::PermissionsExt, path::Path, process::Command};
+use std::{
+    env, fs,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    process::{Command, Stdio},
+};
 
 use anyhow::{Context, bail};
 
@@ -9,13 +14,15 @@ use crate::tools::{self, as_root, cargo, find, output, run};
 /// Works with LLVM 20 to 22 as they come inside rustc.
 const BPF_LINKER: &str = "0.10.3";
 
-/// Programs the tests call, and the Debian packages they come from.
-const PROGRAMS: [(&str, &str); 5] = [
-    ("curl", "curl"),
-    ("nginx", "nginx"),
-    ("ip", "iproute2"),
-    ("nsenter", "util-linux"),
-    ("python3", "python3"),
+/// Debian packages that the tests need, and a command that works where each of them is there.
+const PACKAGES: [(&str, &str); 6] = [
+    ("curl", "curl --version"),
+    ("nginx", "nginx -v"),
+    ("iproute2", "ip -V"),
+    ("util-linux", "nsenter --version"),
+    ("python3", "python3 --version"),
+    // Debian keeps Python's own tests apart; apt-get takes a name that begins with ^ for a pattern.
+    ("^libpython3[.][0-9]+-testsuite$", "python3 -c 'import test.test_socket'"),
 ];
 
 pub(crate) fn everything() -> anyhow::Result<()> {
@@ -79,14 +86,14 @@ fn llvm_version() -> anyhow::Result<String> {
 
 /// What the tests need besides.
 pub(crate) fn packages() -> anyhow::Result<()> {
-    let missing = PROGRAMS.iter().filter(|(program, _)| !find(program)).map(|(_, package)| *package);
-    let missing: Vec<_> = missing.collect();
+    let missing: Vec<_> =
+        PACKAGES.iter().filter(|(_, probe)| !works(probe)).map(|(package, _)| *package).collect();
     if missing.is_empty() {
         return Ok(());
     }
     let names = missing.join(" ");
     if !find("apt-get") {
-        bail!("the tests need these programs, here named by their Debian packages; install them: {names}");
+        bail!("the tests need what these Debian packages hold; install it: {names}");
     }
     eprintln!("setup: installing Debian packages: {names}");
     let _quiet = NoServices::new()?;
@@ -102,6 +109,15 @@ pub(crate) fn packages() -> anyhow::Result<()> {
         ])
         .args(&missing))
     .with_context(|| format!("install them yourself: apt-get install {names}"))
+}
+
+/// Whether a shell command ends well.
+fn works(command: &str) -> bool {
+    let path = env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    let quiet = || Stdio::null();
+    let mut shell = Command::new("sh");
+    shell.args(["-c", command]).env("PATH", path).stdin(quiet()).stdout(quiet()).stderr(quiet());
+    shell.status().is_ok_and(|status| status.success())
 }
 
 /// Keeps Debian from starting the services it installs, where nothing else decides that: the

@@ -53,6 +53,13 @@ fn shown(command: &Command) -> String {
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }
 
+/// The commit of the tree, marked if it was changed since.
+pub(crate) fn commit() -> Option<String> {
+    let commit =
+        output(Command::new("git").args(["describe", "--always", "--dirty"]).current_dir(root())).ok()?;
+    Some(commit.trim().to_owned())
+}
+
 pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }

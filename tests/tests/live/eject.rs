@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::process::ExitStatusExt, process::Command, time::Instant};
 
-use mesh_tests::{Mesh, free_address, server::Server, service, wait_until};
+use mesh_tests::{Mesh, figure, free_address, server::Server, service, wait_until};
 
 const VIP: &str = "127.128.11.1";
 
@@ -207,7 +207,9 @@ fn under_load_only_the_allowed_failures_and_what_was_under_way_fail() {
         assert!(!lines.contains("TimedOut") && !lines.contains("wrong-peer"));
         wait_until("the task is gone", || fs::remove_dir(&cgroup).is_ok());
     }
-    println!("{all} connects of 8 tasks, {failed} failed: 5 allowed, up to 7 under way in other tasks");
+    figure(&format!(
+        "{all} connects of 8 tasks, one of four backends refusing: {failed} failed; 5 are allowed, and up to 7 may be under way"
+    ));
     assert_eq!(all, 10_000);
     assert!((5..=12).contains(&failed), "{failed}");
     assert_eq!(ejected(&mesh), 1);

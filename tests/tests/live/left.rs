@@ -6,7 +6,7 @@ use mesh_tests::{Mesh, datagram_service, netns::Pair, server::Server, service, t
 
 const VIP: &str = "127.128.13.1";
 
-fn drained(services: String) -> String {
+fn drained(services: &str) -> String {
     services.replace("policy", "drain = \"300ms\"\npolicy")
 }
 
@@ -60,11 +60,11 @@ fn connected_sockets_to_a_removed_backend_are_closed_after_its_drain_time() {
     let udp = Server::datagrams("x", "127.0.0.1:0");
     let services = service("t", 80, VIP, &[("127.0.0.1", tcp.port())])
         + &datagram_service("u", 81, VIP, &[("127.0.0.1", udp.port())]);
-    let mesh = Mesh::start(&drained(services));
+    let mesh = Mesh::start(&drained(&services));
     let plain = format!("PLAIN = (\"127.0.0.1\", {})\n", tcp.port());
     let mut client = mesh.dialogue(&(plain + CLIENT));
     assert_eq!(client.hear(), "at");
-    mesh.write(&drained(service("t", 80, VIP, &[]) + &datagram_service("u", 81, VIP, &[])));
+    mesh.write(&drained(&(service("t", 80, VIP, &[]) + &datagram_service("u", 81, VIP, &[]))));
     wait_until("they are closed", || mesh.log().contains("closed 2 sockets"));
     client.go_on();
     assert_eq!(client.hear(), "tcp ECONNABORTED");
@@ -77,7 +77,7 @@ fn connected_sockets_to_a_removed_backend_are_closed_after_its_drain_time() {
 fn sockets_in_other_namespaces_are_closed_too_also_after_a_restart() {
     let pair = Pair::new();
     let services = service("t", 80, VIP, &[("10.213.0.2", 8080)]);
-    let mut mesh = Mesh::start(&drained(services));
+    let mut mesh = Mesh::start(&drained(&services));
     let server = r#"
 import socket, sys
 s = socket.create_server(("10.213.0.2", 8080))
@@ -99,7 +99,7 @@ sys.stdin.readline()
     let mut client = mesh_tests::Dialogue::start(client);
     assert_eq!(client.hear(), "up");
     mesh.kill();
-    mesh.write(&drained(service("t", 80, VIP, &[])));
+    mesh.write(&drained(&service("t", 80, VIP, &[])));
     mesh.launch();
     mesh.ready();
     assert_eq!(client.hear(), "ECONNABORTED");
@@ -110,7 +110,7 @@ sys.stdin.readline()
 #[test]
 fn a_backend_that_comes_back_in_time_keeps_its_sockets() {
     let tcp = keeper("127.0.0.1:0");
-    let with = drained(service("t", 80, VIP, &[("127.0.0.1", tcp.port())]));
+    let with = drained(&service("t", 80, VIP, &[("127.0.0.1", tcp.port())]));
     let mesh = Mesh::start(&with);
     let program = format!(
         "import socket, sys\ns = socket.create_connection((\"{VIP}\", 80), 5)\ns.recv(9)\nprint(\"up\", flush=True)\n\
@@ -118,7 +118,7 @@ fn a_backend_that_comes_back_in_time_keeps_its_sockets() {
     );
     let mut client = mesh.dialogue(&program);
     assert_eq!(client.hear(), "up");
-    mesh.write(&drained(service("t", 80, VIP, &[])));
+    mesh.write(&drained(&service("t", 80, VIP, &[])));
     mesh.wait_for_backends(&format!("{VIP}:80"), 0);
     mesh.write(&with);
     mesh.wait_for_backends(&format!("{VIP}:80"), 1);

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_tests::{Mesh, now, server::Server, wait_until, weighted_service};
+use mesh_tests::{Mesh, figure, now, server::Server, wait_until, weighted_service};
 
 const VIP: &str = "127.128.6.1";
 const CONNECTS: usize = 10_000;
@@ -101,10 +101,10 @@ fn connects_never_fail_nor_reach_what_is_not_listed_while_the_file_changes() {
     let judged = seen.iter().filter(unlisted).count();
     assert!(judged > CONNECTS / 10, "only {judged} connects fell into the time without it");
     let rate = f64::from(changes) / start.elapsed().as_secs_f64();
-    eprintln!(
+    figure(&format!(
         "{} connects, {judged} of them without it, {changes} changes ({rate:.0}/s), {counts:?}",
         seen.len()
-    );
+    ));
 
     // Among the two that were always listed the shares follow the weights. 3 sigma is passed by
     // chance once in 370 runs, so a second look is taken before that counts.
@@ -143,7 +143,7 @@ fn killing_the_daemon_in_the_middle_of_changes_fails_no_connect() {
         assert_eq!(answered, CONNECTS, "after {kills} kills: {counts:?}");
         connects += answered;
     }
-    eprintln!("{connects} connects, {kills} kills, 0 failed");
+    figure(&format!("{connects} connects, {kills} kills of the daemon, none failed"));
 
     // Whatever was left half done is made good, and nothing is leaked.
     mesh.write(&text(2));

@@ -1,6 +1,7 @@
 //! mesh on a real kernel, with real sockets and real servers. Needs root: `cargo xtask test`.
 
 mod affinity;
+mod attack;
 mod commands;
 mod connect;
 mod daemon;
@@ -11,3 +12,4 @@ mod left;
 mod load;
 mod policy;
 mod servers;
+mod thirdparty;
