@@ -15,7 +15,7 @@ use crate::tools::{self, as_root, cargo, find, output, run};
 const BPF_LINKER: &str = "0.10.3";
 
 /// Debian packages that the tests need, and a command that works where each of them is there.
-const PACKAGES: [(&str, &str); 6] = [
+const PACKAGES: [(&str, &str); 12] = [
     ("curl", "curl --version"),
     ("nginx", "nginx -v"),
     ("iproute2", "ip -V"),
@@ -23,6 +23,14 @@ const PACKAGES: [(&str, &str); 6] = [
     ("python3", "python3 --version"),
     // Debian keeps Python's own tests apart; apt-get takes a name that begins with ^ for a pattern.
     ("^libpython3[.][0-9]+-testsuite$", "python3 -c 'import test.test_socket'"),
+    // The runtimes of the socket matrix.
+    ("gcc", "gcc --version"),
+    ("liburing-dev", "echo '#include <liburing.h>' | gcc -E -"),
+    ("golang-go", "go version"),
+    ("nodejs", "node --version"),
+    // A runtime alone would not run a source file.
+    ("default-jdk-headless", "javac --version"),
+    ("mptcpize", "mptcpize --version"),
 ];
 
 pub(crate) fn everything() -> anyhow::Result<()> {

@@ -10,6 +10,7 @@ mod eject;
 mod input;
 mod left;
 mod load;
+mod matrix;
 mod policy;
 mod servers;
 mod thirdparty;
