@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// The layout's version.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The most `[vip] ranges` a node can have: the kernel checks each before any look-up.
 pub const MAX_VIP_RANGES: usize = 8;
@@ -261,7 +261,8 @@ pub struct Origin {
     pub backend: u32,
 }
 
-/// What is known of a connected socket: value of `ORIGIN`, and what `SOCKETS` holds of each.
+/// What is known of a socket that is connected to a VIP or, with `held` at zero, has sent it a
+/// datagram: value of `CONNECTIONS` and of `ORIGIN`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Connection {
@@ -271,25 +272,27 @@ pub struct Connection {
     pub origin: Origin,
     /// [`PROBE`](Self::PROBE), and the sock_ops callbacks that this connect asked for.
     pub flags: u32,
+    /// Makes it a line of the CPU's cache.
+    zero: u64,
 }
 
 impl Connection {
     /// This connect asks whether an ejected backend works again.
     pub const PROBE: u32 = 1 << 31;
+
+    #[inline(always)]
+    pub const fn new(held: u32, origin: Origin, flags: u32) -> Self {
+        Self { held: held as u64, origin, flags, zero: 0 }
+    }
 }
 
-/// A connected socket in `SOCKETS`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[repr(C)]
-pub struct Socket {
-    /// The kernel's number for the socket, never used again; zero where there is none.
-    pub cookie: u64,
-    pub connection: Connection,
-}
+/// Value of `SOCKETS`: the places for sockets whose cookies are equal modulo [`SETS`]. A cookie is
+/// the kernel's number for a socket, never used again; zero where there is none. The connection
+/// of way `w` of set `s` is `CONNECTIONS[s * WAYS + w]`. A socket that finds no place keeps its
+/// connection in `ORIGIN`, where a new entry costs more.
+pub type Cookies = [u64; WAYS];
 
-/// Value of `SOCKETS`: the places of the sockets whose cookies are equal modulo [`SETS`]. A socket
-/// that finds none free keeps its connection in `ORIGIN`, where a new entry costs more.
-pub type Set = [Socket; WAYS];
+/// Places of a set.
 pub const WAYS: usize = 4;
 /// How many sets there are, a power of two.
 pub const SETS: u32 = 8192;
@@ -335,10 +338,11 @@ impl AffinityWord {
     }
 }
 
-/// How many VIPs an unconnected UDP socket can talk to at a time.
+/// How many VIPs an unconnected UDP socket can talk to at a time, besides its first.
 pub const MAX_PEERS: usize = 8;
 
-/// Value of `PEERS`, kept with an unconnected UDP socket: which backend stands for which VIP.
+/// Value of `PEERS`, kept with a UDP socket that talks to more than one VIP: which backend stands
+/// for which of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Peers {
@@ -351,7 +355,7 @@ const _: () = {
     assert!(size_of::<Frontend>() == 20 && align_of::<Frontend>() == 4);
     assert!(size_of::<Backend>() == 28 && align_of::<Backend>() == 4);
     assert!(size_of::<Origin>() == 44 && align_of::<Origin>() == 4);
-    assert!(size_of::<Connection>() == 56 && size_of::<Socket>() == 64 && size_of::<Set>() == 256);
+    assert!(size_of::<Connection>() == 64);
     assert!(size_of::<Peers>() == MAX_PEERS * 44 + 4);
     assert!(size_of::<Settings>() == 8 * Settings::WORDS as usize);
     assert!(size_of::<HealthWord>() == 8 && size_of::<AffinityWord>() == 8);
@@ -373,12 +377,26 @@ pub mod map {
     pub const CURSORS: &str = "CURSORS";
     pub const AFFINITY: &str = "AFFINITY";
     pub const SOCKETS: &str = "SOCKETS";
+    pub const CONNECTIONS: &str = "CONNECTIONS";
     pub const ORIGIN: &str = "ORIGIN";
     pub const PEERS: &str = "PEERS";
     pub const STATS: &str = "STATS";
-    pub const ALL: [&str; 14] = [
-        FRONTENDS, SERVICES, SETTINGS, SLOTS, BACKENDS, LOAD, HEALTH, EJECTED, CURSORS, AFFINITY, SOCKETS,
-        ORIGIN, PEERS, STATS,
+    pub const ALL: [&str; 15] = [
+        FRONTENDS,
+        SERVICES,
+        SETTINGS,
+        SLOTS,
+        BACKENDS,
+        LOAD,
+        HEALTH,
+        EJECTED,
+        CURSORS,
+        AFFINITY,
+        SOCKETS,
+        CONNECTIONS,
+        ORIGIN,
+        PEERS,
+        STATS,
     ];
 }
 

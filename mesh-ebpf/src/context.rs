@@ -107,25 +107,39 @@ impl<const V4: bool> Hook<V4> {
         true
     }
 
-    /// What a connected socket dialled.
+    /// What a socket dialled.
     #[inline(always)]
     pub(crate) fn connection(&self) -> Option<&'static mut Connection> {
         sockets::connection(self.cookie(), self.socket())
     }
 
-    /// Where a connect hook keeps what the socket dials; none if there is no memory for it.
+    /// Where to keep what a socket dials that has not dialled before.
     #[inline(always)]
     pub(crate) fn new_connection(&self) -> Option<&'static mut Connection> {
+        sockets::new_connection(self.cookie(), self.socket())
+    }
+
+    /// Where a connect keeps what it dials, on no count any more; none if there is no memory for it.
+    #[inline(always)]
+    pub(crate) fn connection_to_write(&self) -> Option<&'static mut Connection> {
         // SAFETY: a plain helper call (Linux 5.19); null for a socket that is no subflow.
         let parent = unsafe { bpf_skc_to_mptcp_sock(self.socket()) };
-        if parent.is_null() {
-            return sockets::new_connection(self.cookie(), self.socket());
-        }
         // An MPTCP socket connects through a subflow, a socket that the kernel made, and that is
         // what this hook is given; but `getpeername` is asked of the MPTCP socket, and it is what
         // the task closes.
-        // SAFETY: a value owned by the socket, which outlives the program.
-        unsafe { storage(&maps::ORIGIN, parent.cast(), CREATE).as_mut() }
+        let before = if parent.is_null() {
+            let cookie = self.cookie();
+            match sockets::connection(cookie, self.socket()) {
+                Some(connection) => connection,
+                // Nothing of a new place is read here, because that would be waited for.
+                None => return sockets::new_connection(cookie, self.socket()),
+            }
+        } else {
+            // SAFETY: a value owned by the socket, which outlives the program.
+            unsafe { storage(&maps::ORIGIN, parent.cast(), CREATE).as_mut()? }
+        };
+        maps::let_go(before);
+        Some(before)
     }
 
     /// The backends an unconnected socket talks to, if there are any.
@@ -135,8 +149,7 @@ impl<const V4: bool> Hook<V4> {
         unsafe { storage(&maps::PEERS, self.socket(), 0).as_ref() }
     }
 
-    /// The same, zeroed the first time; none if there is no memory for it. Two threads may send on
-    /// one socket at once: at worst one of them draws a backend again.
+    /// The same, zeroed the first time; none if there is no memory for it.
     #[inline(always)]
     pub(crate) fn peers_mut(&self) -> Option<&'static mut Peers> {
         // SAFETY: as for `new_connection`.

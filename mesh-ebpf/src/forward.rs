@@ -24,7 +24,17 @@ pub(crate) fn connect<const V4: bool>(hook: &Hook<V4>) -> i32 {
     if !maps::in_vip_ranges(&hook.address()) {
         return context::ALLOW;
     }
-    finish(translate(hook))
+    match translate(hook) {
+        // The counter comes before the connection: adding to it waits for all that was written
+        // before, and the connection's memory is hardly ever in the CPU's cache.
+        Ok(Some(note)) => {
+            let answer = finish(Outcome::Translated);
+            *note.place = note.connection;
+            answer
+        }
+        Ok(None) => finish(Outcome::OriginLost),
+        Err(outcome) => finish(outcome),
+    }
 }
 
 /// A datagram sent with an address, on a connected socket or not.
@@ -33,51 +43,70 @@ pub(crate) fn datagram<const V4: bool>(hook: &Hook<V4>) -> i32 {
     if !maps::in_vip_ranges(&hook.address()) {
         return context::ALLOW;
     }
-    finish(translate_datagram(hook))
+    let (Ok(outcome) | Err(outcome)) = translate_datagram(hook);
+    finish(outcome)
 }
 
 #[inline(always)]
-fn finish(result: Result<Outcome, Outcome>) -> i32 {
-    let (Ok(outcome) | Err(outcome)) = result;
+pub(crate) fn finish(outcome: Outcome) -> i32 {
     maps::count(outcome);
     context::answer(outcome.verdict())
 }
 
+/// What is still to be written of a connect.
+struct Note {
+    place: &'static mut Connection,
+    connection: Connection,
+}
+
+/// None where there is no memory to remember the VIP.
 #[inline(always)]
-fn translate<const V4: bool>(hook: &Hook<V4>) -> Result<Outcome, Outcome> {
-    let service = Service::dialled(hook)?;
-    let Choice { origin, flags } = service.choose()?;
-    send_to(hook, &origin)?;
-    let Some(connection) = hook.new_connection() else { return Ok(Outcome::OriginLost) };
-    connection.origin = origin;
-    connection.flags = flags;
-    maps::hold(connection, origin.backend);
-    Ok(Outcome::Translated)
+fn translate<const V4: bool>(hook: &Hook<V4>) -> Result<Option<Note>, Outcome> {
+    let Choice { origin, flags } = redirect(hook)?;
+    let Some(place) = hook.connection_to_write() else { return Ok(None) };
+    maps::add_load(origin.backend);
+    Ok(Some(Note { place, connection: Connection::new(origin.backend, origin, flags) }))
+}
+
+/// Sends a call to a backend, and keeps nothing of it.
+#[inline(always)]
+pub(crate) fn redirect<const V4: bool>(hook: &Hook<V4>) -> Result<Choice, Outcome> {
+    let choice = Service::dialled(hook)?.choose()?;
+    send_to(hook, &choice.origin)?;
+    Ok(choice)
 }
 
 /// A socket keeps the backend it has for a VIP for as long as that backend is selectable.
 #[inline(always)]
 fn translate_datagram<const V4: bool>(hook: &Hook<V4>) -> Result<Outcome, Outcome> {
     let service = Service::dialled(hook)?;
-    let Some(peers) = hook.peers_mut() else {
-        send_to(hook, &service.choose()?.origin)?;
-        return Ok(Outcome::OriginLost);
-    };
-    let known = peers.peers.iter().find(|peer| service.is_dialled_by(peer));
-    if let Some(peer) = known
-        && service.still_selects(peer)
+    if let Some(origin) = service.kept(hook)
+        && service.still_selects(&origin)
     {
-        send_to(hook, peer)?;
+        send_to(hook, &origin)?;
         return Ok(Outcome::Continued);
     }
     let origin = service.choose()?.origin;
     send_to(hook, &origin)?;
-    store(peers, &service, origin);
+    // Where it goes is looked for only now: were it known before, the verifier would go through
+    // the choice once for each place.
+    match hook.connection() {
+        Some(connection) if connection.held == 0 && service.is_dialled_by(&connection.origin) => {
+            connection.origin = origin;
+        }
+        Some(_) => {
+            let Some(peers) = hook.peers_mut() else { return Ok(Outcome::OriginLost) };
+            store(peers, &service, origin);
+        }
+        None => {
+            let Some(connection) = hook.new_connection() else { return Ok(Outcome::OriginLost) };
+            *connection = Connection::new(0, origin, 0);
+        }
+    }
     Ok(Outcome::Translated)
 }
 
-/// In the place that the VIP has, else in the oldest one. That place is looked for only now: were
-/// it known before, the verifier would go through the choice once for each.
+/// In the place that the VIP has, else in the oldest one.
 #[inline(always)]
 fn store(peers: &mut Peers, service: &Service, origin: Origin) {
     let known = peers.peers.iter().position(|peer| service.is_dialled_by(peer));
@@ -98,7 +127,7 @@ fn send_to<const V4: bool>(hook: &Hook<V4>, origin: &Origin) -> Result<(), Outco
 }
 
 /// A backend for a call.
-struct Choice {
+pub(crate) struct Choice {
     origin: Origin,
     /// For the call's [`Connection`].
     flags: u32,
@@ -149,13 +178,24 @@ impl Service {
         Ok(Self { frontend, id, word })
     }
 
+    /// What the socket has for this VIP from before.
+    #[inline(always)]
+    fn kept<const V4: bool>(&self, hook: &Hook<V4>) -> Option<Origin> {
+        if let Some(connection) = hook.connection()
+            && self.is_dialled_by(&connection.origin)
+        {
+            return Some(connection.origin);
+        }
+        hook.peers()?.peers.iter().find(|peer| self.is_dialled_by(peer)).copied()
+    }
+
     /// The workload's own backend, or one by the service's policy.
     #[inline(always)]
     fn choose(&self) -> Result<Choice, Outcome> {
-        let timeout_ms = maps::settings(self.id).map_or(0, |settings| settings.affinity_ms);
-        if !self.word.is_sticky() || timeout_ms == 0 {
+        if !self.word.is_sticky() {
             return self.draw();
         }
+        let timeout_ms = maps::settings(self.id).map_or(0, |settings| settings.affinity_ms);
         let (client, now) = (Client::new(workload(), self.id), health::now_ms());
         if let Some(id) = maps::affinity(&client, now, timeout_ms)
             && let Some(backend) = maps::backend(id)

@@ -45,7 +45,7 @@ pub(crate) fn run(ctx: SockOpsContext) -> i32 {
         BPF_SOCK_OPS_STATE_CB if ctx.arg(0) == BPF_TCP_SYN_SENT && ctx.arg(1) == BPF_TCP_CLOSE => {
             if let Some(connection) = connection(&ctx) {
                 failed(connection);
-                maps::hold(connection, 0);
+                maps::let_go(connection);
                 stop(&ctx, connection);
             }
         }

@@ -17,8 +17,8 @@ use aya_ebpf::{
 };
 use mesh_common::{
     abi::{
-        AffinityWord, Backend, Client, Connection, Frontend, MAX_VIP_RANGES, Peers, SETS, ServiceWord, Set,
-        Settings, SlotWord, Socket, VipRanges,
+        AffinityWord, Backend, Client, Connection, Cookies, Frontend, MAX_VIP_RANGES, Peers, SETS,
+        ServiceWord, Settings, SlotWord, VipRanges, WAYS,
     },
     address::{Address, Prefix},
     health::HealthWord,
@@ -48,7 +48,9 @@ static CURSORS: Array<u64, 1> = Array::new();
 #[btf_map]
 static AFFINITY: LruHashMap<Client, u64, 1> = LruHashMap::new();
 #[btf_map]
-static SOCKETS: Array<Set, { SETS as usize }, MMAPABLE> = Array::new();
+static SOCKETS: Array<Cookies, { SETS as usize }, MMAPABLE> = Array::new();
+#[btf_map]
+static CONNECTIONS: Array<Connection, { SETS as usize * WAYS }, MMAPABLE> = Array::new();
 #[btf_map]
 pub(crate) static ORIGIN: SkStorage<Connection> = SkStorage::new();
 #[btf_map]
@@ -120,19 +122,19 @@ pub(crate) fn load_of(backend: u32) -> u64 {
     load(&LOAD, backend).unwrap_or(0)
 }
 
-/// Puts a socket on a backend's count, and takes it off the one it was on; with backend 0 it is
-/// on none after that.
+/// Counts one more socket on a backend.
 #[inline(always)]
-pub(crate) fn hold(connection: &mut Connection, backend: u32) {
-    if let Some(load) = LOAD.get_ptr_mut(backend)
-        && backend != 0
-    {
+pub(crate) fn add_load(backend: u32) {
+    if let Some(load) = LOAD.get_ptr_mut(backend) {
         add(load, 1);
     }
+}
+
+/// Takes a socket off the count that it is on, if it is on any.
+#[inline(always)]
+pub(crate) fn let_go(connection: &mut Connection) {
     // SAFETY: a word of a map or of a socket's storage. Not relaxed: see `fetch_add`.
-    let before = unsafe {
-        atomic_xchg::<u64, { AtomicOrdering::AcqRel }>(&raw mut connection.held, u64::from(backend))
-    };
+    let before = unsafe { atomic_xchg::<u64, { AtomicOrdering::AcqRel }>(&raw mut connection.held, 0) };
     #[expect(clippy::cast_possible_truncation, reason = "backend ids have 24 bits")]
     if before != 0
         && let Some(load) = LOAD.get_ptr_mut(before as u32)
@@ -193,26 +195,46 @@ pub(crate) fn set_affinity(client: &Client, now_ms: u64, backend: u32) {
     let _ = AFFINITY.insert(client, AffinityWord::new(backend, now_ms).0, 0);
 }
 
-/// The places where a socket's connection may be.
+/// The set of places that a socket may have one of.
 #[inline(always)]
-pub(crate) fn set_of(cookie: u64) -> Option<&'static mut Set> {
-    #[expect(clippy::cast_possible_truncation, reason = "the low bits choose the set")]
-    let set = SOCKETS.get_ptr_mut(cookie as u32 & (SETS - 1))?;
-    // SAFETY: a non-null look-up points at the whole set. Other sockets' places in it are left alone.
-    Some(unsafe { &mut *set })
+#[expect(clippy::cast_possible_truncation, reason = "the low bits choose the set")]
+const fn set_of(cookie: u64) -> u32 {
+    cookie as u32 & (SETS - 1)
+}
+
+#[inline(always)]
+pub(crate) fn cookies(cookie: u64) -> Option<&'static mut Cookies> {
+    let cookies = SOCKETS.get_ptr_mut(set_of(cookie))?;
+    // SAFETY: a non-null look-up points at the whole value. Other sockets' places are left alone.
+    Some(unsafe { &mut *cookies })
+}
+
+/// The connection that belongs to a place.
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "4")]
+pub(crate) fn connection(cookie: u64, way: usize) -> Option<&'static mut Connection> {
+    let connection = CONNECTIONS.get_ptr_mut(set_of(cookie) * WAYS as u32 + way as u32)?;
+    // SAFETY: as above.
+    Some(unsafe { &mut *connection })
 }
 
 /// Whether a place is a socket's own.
 #[inline(always)]
-pub(crate) fn is_of(socket: &Socket, cookie: u64) -> bool {
+pub(crate) fn is_of(place: &u64, cookie: u64) -> bool {
     // SAFETY: a reference is valid; volatile because other sockets come and go.
-    unsafe { read_volatile(&raw const socket.cookie) == cookie }
+    unsafe { read_volatile(place) == cookie }
 }
 
-/// Takes a free place; gives one up with a `cookie` of 0.
+/// Takes a place if it is free.
 #[inline(always)]
-pub(crate) fn swap_cookie(socket: &mut Socket, old: u64, cookie: u64) -> bool {
-    swap(&raw mut socket.cookie, old, cookie)
+pub(crate) fn take(place: &mut u64, cookie: u64) -> bool {
+    is_of(place, 0) && swap(place, 0, cookie)
+}
+
+/// Gives up a place.
+#[inline(always)]
+pub(crate) fn give_up(place: &mut u64, cookie: u64) {
+    swap(place, cookie, 0);
 }
 
 /// How many turns a service has had, this one not counted.

@@ -20,13 +20,15 @@ pub(crate) fn peer<const V4: bool>(hook: &Hook<V4>) -> i32 {
 #[inline(always)]
 pub(crate) fn source<const V4: bool>(hook: &Hook<V4>) -> i32 {
     let is_peer = peer_of(hook);
-    match hook.peers().and_then(|peers| peers.peers.iter().find(|origin| is_peer(origin))) {
-        Some(origin) => {
-            hook.rewrite(&origin.vip, origin.vip_port);
-            context::ALLOW
-        }
-        None => peer(hook),
+    if let Some(connection) = hook.connection()
+        && is_peer(&connection.origin)
+    {
+        hook.rewrite(&connection.origin.vip, connection.origin.vip_port);
+    } else if let Some(origin) = hook.peers().and_then(|peers| peers.peers.iter().find(|peer| is_peer(peer)))
+    {
+        hook.rewrite(&origin.vip, origin.vip_port);
     }
+    context::ALLOW
 }
 
 /// A socket may have dialled something else since: then the address is not the backend it got.

@@ -1,4 +1,4 @@
-//! What is known of each connected socket, found by its cookie.
+//! What is known of each socket, found by its cookie.
 //!
 //! A place in `SOCKETS` costs two atomic operations. Socket storage costs several times as much,
 //! so it holds only what finds no place there.
@@ -8,7 +8,7 @@ use core::{ffi::c_void, ptr};
 use aya_ebpf::{
     bindings::BPF_SK_STORAGE_GET_F_CREATE, btf_maps::SkStorage, helpers::generated::bpf_sk_storage_get,
 };
-use mesh_common::abi::{Connection, Socket};
+use mesh_common::abi::Connection;
 
 use crate::maps;
 
@@ -18,24 +18,23 @@ pub(crate) const CREATE: u64 = BPF_SK_STORAGE_GET_F_CREATE as u64;
 /// A socket's connection, if it was translated.
 #[inline(always)]
 pub(crate) fn connection(cookie: u64, socket: *mut c_void) -> Option<&'static mut Connection> {
-    match place(cookie) {
-        Some(place) => Some(&mut place.connection),
-        // SAFETY: a value owned by the socket, which outlives the program.
-        None => unsafe { storage(&maps::ORIGIN, socket, 0).as_mut() },
+    let cookies = maps::cookies(cookie)?;
+    for (way, place) in cookies.iter().enumerate() {
+        if maps::is_of(place, cookie) {
+            return maps::connection(cookie, way);
+        }
     }
+    // SAFETY: a value owned by the socket, which outlives the program.
+    unsafe { storage(&maps::ORIGIN, socket, 0).as_mut() }
 }
 
-/// Where to keep what a socket dials: where it has been kept before, else where there is room.
+/// Where to keep the connection of a socket that has none: in a place, if there is a free one.
 #[inline(always)]
 pub(crate) fn new_connection(cookie: u64, socket: *mut c_void) -> Option<&'static mut Connection> {
-    if let Some(connection) = connection(cookie, socket) {
-        return Some(connection);
-    }
-    if let Some(set) = maps::set_of(cookie) {
-        for place in set {
-            if maps::swap_cookie(place, 0, cookie) {
-                return Some(&mut place.connection);
-            }
+    let cookies = maps::cookies(cookie)?;
+    for (way, place) in cookies.iter_mut().enumerate() {
+        if maps::take(place, cookie) {
+            return maps::connection(cookie, way);
         }
     }
     // SAFETY: as above.
@@ -45,24 +44,20 @@ pub(crate) fn new_connection(cookie: u64, socket: *mut c_void) -> Option<&'stati
 /// The end of a socket.
 #[inline(always)]
 pub(crate) fn release(cookie: u64, socket: *mut c_void) {
-    if let Some(set) = maps::set_of(cookie) {
-        // All of them: two threads that connect one UDP socket at once may each have taken one.
-        for place in set {
-            if maps::is_of(place, cookie) {
-                maps::hold(&mut place.connection, 0);
-                maps::swap_cookie(place, cookie, 0);
+    let Some(cookies) = maps::cookies(cookie) else { return };
+    for (way, place) in cookies.iter_mut().enumerate() {
+        if maps::is_of(place, cookie) {
+            if let Some(connection) = maps::connection(cookie, way) {
+                maps::let_go(connection);
             }
+            maps::give_up(place, cookie);
+            return;
         }
     }
     // SAFETY: as above.
     if let Some(connection) = unsafe { storage(&maps::ORIGIN, socket, 0).as_mut() } {
-        maps::hold(connection, 0);
+        maps::let_go(connection);
     }
-}
-
-#[inline(always)]
-fn place(cookie: u64) -> Option<&'static mut Socket> {
-    maps::set_of(cookie)?.iter_mut().find(|place| maps::is_of(place, cookie))
 }
 
 /// A socket's value in a storage map; null if there is none, or no memory for a new one. The

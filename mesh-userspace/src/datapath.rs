@@ -20,8 +20,8 @@ use aya::{
 };
 use mesh_common::{
     abi::{
-        self, Backend, Client, Frontend, SETS, ServiceWord, Set, Settings, SlotWord, Socket, VipRanges, WAYS,
-        map,
+        self, Backend, Client, Connection, Cookies, Frontend, SETS, ServiceWord, Settings, SlotWord,
+        VipRanges, WAYS, map,
     },
     health::HealthWord,
     outcome::Outcome,
@@ -166,7 +166,7 @@ pub struct Maps {
     sizes: Sizes,
 }
 
-/// A connected socket, as `SOCKETS` has it.
+/// A socket, as `SOCKETS` has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
     index: u32,
@@ -388,45 +388,52 @@ impl Maps {
 #[expect(clippy::cast_possible_truncation, reason = "4")]
 const PLACES: u32 = SETS * WAYS as u32;
 #[expect(clippy::cast_possible_truncation, reason = "8")]
-const PLACE_WORDS: u32 = (size_of::<Socket>() / size_of::<u64>()) as u32;
+const CONNECTION_WORDS: u32 = (size_of::<Connection>() / size_of::<u64>()) as u32;
+const _: () = assert!(std::mem::offset_of!(Connection, held) == 0);
 
-/// The connected sockets that the kernel keeps in `SOCKETS`.
+/// The sockets that have a place in `SOCKETS`.
 pub struct Sockets {
-    sockets: Words,
+    cookies: Words,
+    connections: Words,
     load: Words,
 }
 
 impl Sockets {
     pub fn open(pins: &Pins) -> Result<Self> {
-        let sockets = pinned(pins, map::SOCKETS, size_of::<u32>(), size_of::<Set>())?;
+        let cookies = pinned(pins, map::SOCKETS, size_of::<u32>(), size_of::<Cookies>())?;
+        let connections = pinned(pins, map::CONNECTIONS, size_of::<u32>(), size_of::<Connection>())?;
         let load = pinned(pins, map::LOAD, size_of::<u32>(), size_of::<u64>())?;
         let backends = entries(&load, map::LOAD)?;
         Ok(Self {
-            sockets: words(&sockets, map::SOCKETS, PLACES * PLACE_WORDS)?,
+            cookies: words(&cookies, map::SOCKETS, PLACES)?,
+            connections: words(&connections, map::CONNECTIONS, PLACES * CONNECTION_WORDS)?,
             load: words(&load, map::LOAD, backends)?,
         })
     }
 
-    /// The places in `SOCKETS` that are taken.
+    /// The places that are taken.
     pub fn taken(&self) -> Vec<Place> {
-        let place = |index| Place {
+        let taken =
+            (0..PLACES).map(|index| (index, self.cookies.load(index))).filter(|(_, cookie)| *cookie != 0);
+        let place = |(index, cookie)| Place {
             index,
-            cookie: self.sockets.load(index * PLACE_WORDS),
-            backend: self.sockets.load(index * PLACE_WORDS + 1),
+            cookie,
+            backend: self.connections.load(index * CONNECTION_WORDS),
         };
-        (0..PLACES).map(place).filter(|place| place.cookie != 0).collect()
+        taken.map(place).collect()
     }
 
     /// Frees the place of a socket that is no more, unless it has been freed meanwhile.
     pub fn free(&self, place: Place) {
-        let at = place.index * PLACE_WORDS;
-        if self.sockets.load(at) == place.cookie && self.sockets.replace(at + 1, place.backend, 0) {
+        let held = place.index * CONNECTION_WORDS;
+        if self.cookies.load(place.index) == place.cookie && self.connections.replace(held, place.backend, 0)
+        {
             if let Ok(backend) = u32::try_from(place.backend)
                 && backend != 0
             {
                 self.load.add(backend, u64::MAX);
             }
-            self.sockets.replace(at, place.cookie, 0);
+            self.cookies.replace(place.index, place.cookie, 0);
         }
     }
 }

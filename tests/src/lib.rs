@@ -177,6 +177,11 @@ impl Mesh {
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
+    /// Where a map is pinned.
+    pub fn map_pin(&self, map: &str) -> PathBuf {
+        self.pin_dir.join(format!("abi-{}", mesh_common::abi::VERSION)).join(map)
+    }
+
     /// The kernel's table, read from the pins.
     pub fn lb(&self) -> Value {
         let output = Command::new(binary())

@@ -16,7 +16,7 @@ use crate::tools;
 pub(crate) struct Node {
     dir: PathBuf,
     pub(crate) cgroup: PathBuf,
-    pin_dir: PathBuf,
+    pub(crate) pin_dir: PathBuf,
     pub(crate) services: PathBuf,
     pub(crate) socket: PathBuf,
     pub(crate) config: PathBuf,

@@ -166,7 +166,7 @@ fn a_lost_map_pin_is_made_good_at_the_next_start() {
     let server = Server::start("echo");
     let mut mesh = Mesh::start(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
     mesh.kill();
-    fs::remove_file(mesh.pin_dir.join("abi-1/SLOTS")).unwrap();
+    fs::remove_file(mesh.map_pin("SLOTS")).unwrap();
     assert_eq!(dial(&mesh), "echo", "the programs still hold their maps");
     mesh.launch();
     mesh.ready();
@@ -180,7 +180,7 @@ fn a_start_that_fails_does_not_swap_in_programs_that_know_nothing() {
     let mut mesh = Mesh::start(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
     mesh.kill();
     // The maps must be made anew, but their content cannot be had: twice in a row.
-    fs::remove_file(mesh.pin_dir.join("abi-1/SLOTS")).unwrap();
+    fs::remove_file(mesh.map_pin("SLOTS")).unwrap();
     mesh.write("[[service]]\nname = ");
     for _ in 0..2 {
         mesh.launch();

@@ -1,0 +1,250 @@
+//! What a socket costs, arm by arm: its `connect()` or datagram, and its end.
+//!
+//! Each arm has a process of its own in its cgroup. In turns they make 16 sockets and time the
+//! calls on them; the order is reversed in every other round (ABBA), and each slice is compared
+//! with the direct slice of its own round. A second direct arm shows how much of a difference is
+//! noise. Servers accept between the slices, so that they disturb none.
+
+use std::{
+    fs,
+    io::{self, BufRead, BufReader, Lines, Write},
+    net::{IpAddr, SocketAddr},
+    os::fd::OwnedFd,
+    path::PathBuf,
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, ensure};
+use rustix::net::{
+    AddressFamily, SendFlags, SocketType, connect, sendto, socket, sockopt::set_socket_linger,
+};
+use serde_json::{Value, json};
+
+use super::{
+    arms::{ARMS, Arm, Bench, Hooks, PORT, VIP, VIP6},
+    stats::{confidence, median},
+};
+use crate::tools::enter;
+
+pub(super) const SLICE: usize = 16;
+pub(super) const ROUNDS: usize = 100;
+
+/// Which socket, and to which family of addresses.
+#[derive(Clone, Copy, clap::ValueEnum, PartialEq, Eq)]
+pub(super) enum Kind {
+    Tcp,
+    Tcp6,
+    TcpMapped,
+    Mptcp,
+    Udp,
+    Datagram,
+}
+
+impl Kind {
+    const ALL: [(Self, &'static str); 6] = [
+        (Self::Tcp, "connect tcp"),
+        (Self::Tcp6, "connect tcp, IPv6"),
+        (Self::TcpMapped, "connect tcp, v4-mapped"),
+        (Self::Mptcp, "connect mptcp"),
+        (Self::Udp, "connect udp"),
+        (Self::Datagram, "first datagram, unconnected"),
+    ];
+
+    fn word(self) -> String {
+        clap::ValueEnum::to_possible_value(&self).expect("every kind has a name").get_name().to_owned()
+    }
+
+    fn socket(self) -> anyhow::Result<OwnedFd> {
+        let v6 = matches!(self, Self::Tcp6 | Self::TcpMapped);
+        let family = if v6 { AddressFamily::INET6 } else { AddressFamily::INET };
+        let datagrams = matches!(self, Self::Udp | Self::Datagram);
+        let kind = if datagrams { SocketType::DGRAM } else { SocketType::STREAM };
+        Ok(socket(family, kind, (self == Self::Mptcp).then_some(rustix::net::ipproto::MPTCP))?)
+    }
+
+    fn addresses(self, dials_vip: bool, ports: [u16; 2]) -> [String; 2] {
+        let (vip, direct) = match self {
+            Self::Tcp6 => (VIP6, "::1"),
+            _ => (VIP, "127.0.0.1"),
+        };
+        let (address, ports) = if dials_vip { (vip, [PORT; 2]) } else { (direct, ports) };
+        let mut address: IpAddr = address.parse().expect("an address");
+        if let (Self::TcpMapped, IpAddr::V4(v4)) = (self, address) {
+            address = v4.to_ipv6_mapped().into();
+        }
+        ports.map(|port| SocketAddr::from((address, port)).to_string())
+    }
+}
+
+#[derive(clap::Args)]
+pub(crate) struct ClientArgs {
+    kind: Kind,
+    /// The cgroup to enter first.
+    #[arg(long)]
+    cgroup: Option<PathBuf>,
+    /// To dial in turn.
+    addresses: Vec<SocketAddr>,
+}
+
+/// Nanoseconds per call of every arm, and their ratios to `direct` of the same round.
+pub(super) fn measure(bench: &mut Bench, batches: usize) -> anyhow::Result<Vec<Value>> {
+    let mut rows = Vec::new();
+    for (kind, measure) in Kind::ALL {
+        let mut slices: Vec<[Vec<f64>; 2]> = ARMS.iter().map(|_| [Vec::new(), Vec::new()]).collect();
+        for _ in 0..batches {
+            for round in run_clients(bench, kind, &ARMS.each_ref())? {
+                for (arm, ns) in slices.iter_mut().zip(round) {
+                    arm.iter_mut().zip(ns).for_each(|(values, ns)| values.push(ns));
+                }
+            }
+        }
+        for (end, what) in [measure.to_owned(), format!("{measure}: close")].iter().enumerate() {
+            for (arm, values) in ARMS.iter().zip(&slices) {
+                let pairs = values[end].iter().zip(&slices[0][end]);
+                let ratios: Vec<f64> = pairs.map(|(value, direct)| value / direct).collect();
+                let (low, high) = confidence(&ratios);
+                rows.push(json!({
+                    "measure": what, "topology": "loopback", "arm": arm.name,
+                    "value": median(values[end].clone()), "unit": "ns",
+                    "vs_direct": {"ratio": median(ratios), "low": low, "high": high},
+                }));
+            }
+        }
+    }
+    Ok(rows)
+}
+
+/// Nanoseconds that all hooks of a socket's life run together, by the kernel's own statistics,
+/// beyond what empty ones take. It looks at its clock in every run, so a callback that only mesh
+/// has costs more here than it does otherwise.
+pub(super) fn hook_times(bench: &mut Bench, batches: usize) -> anyhow::Result<Vec<Value>> {
+    let _statistics = Statistics::on()?;
+    // One arm of each: sockets that mesh leaves alone run its programs too.
+    let arms: Vec<_> =
+        ARMS.iter().filter(|arm| arm.hooks != Hooks::None && arm.name != "hooked-untouched").collect();
+    let sockets = ((ROUNDS + 1) * SLICE) as f64;
+    let mut rows = Vec::new();
+    for (kind, measure) in Kind::ALL {
+        let (mut mesh, mut plain) = (Vec::new(), Vec::new());
+        for _ in 0..batches {
+            let before = bench.run_ns()?;
+            run_clients(bench, kind, &arms)?;
+            let after = bench.run_ns()?;
+            mesh.push((after.mesh - before.mesh - (after.empty - before.empty)) / sockets);
+            plain.push((after.plain - before.plain - (after.empty - before.empty)) / sockets);
+        }
+        for (arm, values) in [("mesh", mesh), ("without-bookkeeping", plain)] {
+            rows.push(json!({
+                "measure": format!("hooks of {}", measure.trim_start_matches("connect ")), "topology": "loopback",
+                "arm": arm, "value": median(values), "unit": "ns", "vs_direct": null,
+            }));
+        }
+    }
+    Ok(rows)
+}
+
+/// For each round and arm, nanoseconds per call and per close.
+fn run_clients(bench: &Bench, kind: Kind, arms: &[&Arm]) -> anyhow::Result<Vec<Vec<[f64; 2]>>> {
+    let mut clients =
+        arms.iter().map(|arm| Client::start(bench, kind, arm)).collect::<anyhow::Result<Vec<_>>>()?;
+    let mut rounds = Vec::new();
+    for round in 0..ROUNDS {
+        let mut order: Vec<usize> = (0..arms.len()).collect();
+        if round % 2 == 1 {
+            order.reverse();
+        }
+        let mut ns = vec![[0.0; 2]; arms.len()];
+        for arm in order {
+            ns[arm] = clients[arm].slice()?;
+            bench.sinks.accept();
+        }
+        rounds.push(ns);
+    }
+    Ok(rounds)
+}
+
+/// The process of an arm.
+struct Client {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Client {
+    fn start(bench: &Bench, kind: Kind, arm: &Arm) -> anyhow::Result<Self> {
+        let mut client = Command::new(std::env::current_exe()?);
+        client.args(["bench-client", &kind.word()]).args(kind.addresses(arm.dials_vip, bench.sinks.ports));
+        if let Some(cgroup) = bench.cgroup(arm) {
+            client.arg("--cgroup").arg(cgroup);
+        }
+        let mut child = client.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let lines = BufReader::new(child.stdout.take().context("a pipe")?).lines();
+        let mut client = Self { stdin: child.stdin.take(), child, lines };
+        // The first slice warms up.
+        client.slice()?;
+        bench.sinks.accept();
+        Ok(client)
+    }
+
+    fn slice(&mut self) -> anyhow::Result<[f64; 2]> {
+        self.stdin.as_mut().context("a pipe")?.write_all(b"\n")?;
+        let line = self.lines.next().context("a client has ended")??;
+        let (call, close) = line.split_once(' ').context("a client prints two numbers")?;
+        Ok([call.parse()?, close.parse()?])
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.stdin.take();
+        let _ = self.child.wait();
+    }
+}
+
+/// For each line of its input one slice: nanoseconds per call and per close.
+pub(crate) fn client(args: &ClientArgs) -> anyhow::Result<()> {
+    if let Some(cgroup) = &args.cgroup {
+        enter(cgroup)?;
+    }
+    for line in io::stdin().lines() {
+        line?;
+        let sockets = (0..SLICE).map(|_| args.kind.socket()).collect::<anyhow::Result<Vec<_>>>()?;
+        let start = Instant::now();
+        for (socket, address) in sockets.iter().zip(args.addresses.iter().cycle()) {
+            match args.kind {
+                Kind::Datagram => ensure!(sendto(socket, b"x", SendFlags::empty(), address)? == 1),
+                _ => connect(socket, address)?,
+            }
+        }
+        let called = start.elapsed();
+        if !matches!(args.kind, Kind::Udp | Kind::Datagram) {
+            // A reset instead of TIME_WAIT: ports are not used up.
+            sockets.iter().try_for_each(|socket| set_socket_linger(socket, Some(Duration::ZERO)))?;
+        }
+        let start = Instant::now();
+        drop(sockets);
+        let [called, closed] = [called, start.elapsed()].map(|time| time.as_nanos() as f64 / SLICE as f64);
+        println!("{called:.1} {closed:.1}");
+    }
+    Ok(())
+}
+
+/// The kernel's statistics of program runs, as they were again afterwards.
+struct Statistics(String);
+
+const STATISTICS: &str = "/proc/sys/kernel/bpf_stats_enabled";
+
+impl Statistics {
+    fn on() -> anyhow::Result<Self> {
+        let before = fs::read_to_string(STATISTICS)?;
+        fs::write(STATISTICS, "1")?;
+        Ok(Self(before))
+    }
+}
+
+impl Drop for Statistics {
+    fn drop(&mut self) {
+        let _ = fs::write(STATISTICS, &self.0);
+    }
+}
