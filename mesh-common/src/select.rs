@@ -63,10 +63,12 @@ pub const fn hashed(client: u64, attempt: u32, count: u32) -> Draw {
 }
 
 /// Whether a backend with `load` connections and `weight` is the better choice, or as good.
+///
+/// The connection to come counts too, because without it one that is idle would be better than a
+/// large one with little to do. Two that are idle are equal: both were drawn by weight.
 #[inline(always)]
 pub const fn is_lighter(load: u64, weight: u16, other_load: u64, other_weight: u16) -> bool {
-    // The connection to come counts too: otherwise all backends without any would be equal.
-    (load + 1) * other_weight as u64 <= (other_load + 1) * weight as u64
+    load | other_load == 0 || (load + 1) * other_weight as u64 <= (other_load + 1) * weight as u64
 }
 
 /// The backend a slot yields for `fraction`.
@@ -138,6 +140,8 @@ mod tests {
         assert!(is_lighter(3, 200, 2, 100), "4 of 200 against 3 of 100");
         assert!(!is_lighter(2, 100, 3, 200));
         assert!(is_lighter(5, 100, 5, 100), "a tie keeps the first");
+        assert!(is_lighter(0, 1, 0, 100), "idle ones are equal: the draw has followed the weights");
+        assert!(!is_lighter(0, 1, 1, 100), "1 of 1 against 2 of 100");
     }
 
     proptest! {

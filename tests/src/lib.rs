@@ -252,7 +252,7 @@ impl Drop for Mesh {
         let _ = fs::write(self.cgroup.join("cgroup.kill"), "1");
         let gone = (0..500).any(|_| {
             std::thread::sleep(Duration::from_millis(2));
-            fs::remove_dir(&self.cgroup).is_ok()
+            remove_cgroup(&self.cgroup).is_ok()
         });
         if !gone {
             eprintln!("left behind: {}", self.cgroup.display());
@@ -333,6 +333,16 @@ fn replace(path: &Path, text: &str) {
     let new = path.with_extension("new");
     fs::write(&new, text).unwrap();
     fs::rename(new, path).unwrap();
+}
+
+/// With the workloads below it; their processes must have ended.
+fn remove_cgroup(cgroup: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(cgroup)?.flatten() {
+        if entry.file_type()?.is_dir() {
+            remove_cgroup(&entry.path())?;
+        }
+    }
+    fs::remove_dir(cgroup)
 }
 
 fn cgroup2() -> PathBuf {

@@ -11,9 +11,11 @@ use crate::{
 
 mod arms;
 mod connect;
+mod policies;
 mod stats;
 
 pub(crate) use connect::{ClientArgs, client};
+pub(crate) use policies::{ClientArgs as LoadClientArgs, client as load_client};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -46,6 +48,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     let mut rows = connect::measure(&mut bench, batches)?;
     rows.extend(connect::hook_times(&mut bench, batches)?);
     drop(bench);
+    rows.extend(policies::measure(batches)?);
     report(&rows, batches)
 }
 

@@ -41,6 +41,9 @@ enum Command {
     /// The client of the benchmark: times connects of sockets made inside and outside a cgroup.
     #[command(hide = true)]
     BenchClient(bench::ClientArgs),
+    /// The client of the benchmark's load: requests at a fixed rate from inside a cgroup.
+    #[command(hide = true)]
+    BenchLoadClient(bench::LoadClientArgs),
     /// A backend of the example: prints its port, answers HTTP with its name.
     #[command(hide = true)]
     ExampleBackend { name: String },
@@ -58,6 +61,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::BenchClient(args) => bench::client(&args),
         Command::Ci => ci::run(),
+        Command::BenchLoadClient(args) => bench::load_client(&args),
         Command::ExampleBackend { name } => example::backend(&name),
         Command::ExampleClient(args) => example::client(&args),
     };

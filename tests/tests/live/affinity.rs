@@ -36,24 +36,12 @@ fn backend_of(mesh: &Mesh, workload: &str) -> String {
     answers[0].clone()
 }
 
-/// Workloads end before the mesh does.
-struct Workloads<'a>(&'a Mesh);
-
-impl Drop for Workloads<'_> {
-    fn drop(&mut self) {
-        for entry in fs::read_dir(&self.0.cgroup).unwrap().flatten() {
-            let _ = fs::remove_dir(entry.path());
-        }
-    }
-}
-
 #[test]
 fn with_affinity_a_workload_keeps_its_backend_and_workloads_differ() {
     let servers = start(4);
     let all: Vec<_> = servers.iter().collect();
     for policy in ["least-connections", "random", "round-robin"] {
         let mesh = Mesh::start(&services(&all, policy, "affinity = \"1h\""));
-        let _workloads = Workloads(&mesh);
         let first: Vec<_> = (0..12).map(|n| backend_of(&mesh, &format!("task-{n}"))).collect();
         assert!(first.iter().any(|backend| *backend != first[0]), "{policy}: all 12 have {first:?}");
         // Others that come and go change nothing; a restart neither.
@@ -83,7 +71,6 @@ fn affinity_follows_a_change_of_backends_and_outlives_the_daemon() {
     mesh.write(&services(&all, "random", "affinity = \"1h\""));
     mesh.wait_for_backends(&format!("{VIP}:80"), 3);
     assert_eq!(backend_of(&mesh, "task"), second);
-    let _workloads = Workloads(&mesh);
 }
 
 #[test]
@@ -91,7 +78,6 @@ fn affinity_ends_after_its_time_and_can_be_switched_live() {
     let servers = start(4);
     let all: Vec<_> = servers.iter().collect();
     let mesh = Mesh::start(&services(&all, "random", "affinity = \"100ms\""));
-    let _workloads = Workloads(&mesh);
     let several = |mesh: &Mesh| {
         let answers = dial(mesh, "task", 40);
         answers.iter().any(|answer| *answer != answers[0])
@@ -113,7 +99,6 @@ fn maglev_gives_a_workload_one_backend_that_only_its_end_changes() {
     let servers = start(5);
     let all: Vec<_> = servers.iter().collect();
     let mesh = Mesh::start(&services(&all, "maglev", ""));
-    let _workloads = Workloads(&mesh);
     let count = 60;
     let round = || (0..count).map(|n| backend_of(&mesh, &format!("task-{n}"))).collect::<Vec<_>>();
     let before = round();
@@ -152,7 +137,6 @@ fn the_own_zone_is_preferred_and_spills_over() {
     fs::write(&mesh.config, config.replacen("[node]", "[node]\nzone = \"here\"", 1)).unwrap();
     mesh.launch();
     mesh.ready();
-    let _workloads = Workloads(&mesh);
     let share = |mesh: &Mesh| {
         let answers = dial(mesh, "task", 100);
         answers.iter().filter(|answer| ["a", "b"].contains(&answer.as_str())).count()
@@ -183,7 +167,6 @@ fn a_zone_whose_only_backend_refuses_does_not_hold_its_clients() {
     fs::write(&mesh.config, config.replacen("[node]", "[node]\nzone = \"here\"", 1)).unwrap();
     mesh.launch();
     mesh.ready();
-    let _workloads = Workloads(&mesh);
     wait_until("the other zone takes over", || dial(&mesh, "task", 20).iter().all(|answer| answer == "far"));
 }
 
@@ -192,7 +175,6 @@ fn a_new_backend_starts_slowly_and_gets_its_share() {
     let servers = start(2);
     let more = "slow_start = \"3s\"";
     let mesh = Mesh::start(&services(&[&servers[0]], "round-robin", more));
-    let _workloads = Workloads(&mesh);
     mesh.write(&services(&[&servers[0], &servers[1]], "round-robin", more));
     mesh.wait_for_backends(&format!("{VIP}:80"), 2);
     let share = |mesh: &Mesh| dial(mesh, "task", 200).iter().filter(|answer| *answer == "b").count();
@@ -213,7 +195,6 @@ fn with_too_few_healthy_ones_health_is_ignored() {
         format!("{first}{}", rest.replace("weight", "health = \"unhealthy\"\nweight"))
     };
     let mesh = Mesh::start(&text(33));
-    let _workloads = Workloads(&mesh);
     assert!(dial(&mesh, "task", 30).iter().all(|answer| answer == "a"), "a third is enough for 33 %");
     mesh.write(&text(50));
     mesh.wait_for_backends(&format!("{VIP}:80"), 3);

@@ -1,7 +1,10 @@
 //! How backends are chosen, and how connections are counted.
 
+use std::process::Stdio;
+
 use mesh_tests::{
-    Mesh, datagram_service, free_address, server::Server, service, wait_until, weighted_service,
+    Mesh, datagram_service, figure, free_address, is_long, server::Server, service, wait_until,
+    weighted_service,
 };
 
 const VIP: &str = "127.128.10.1";
@@ -54,17 +57,123 @@ fn round_robin_follows_the_weights() {
     }
 }
 
+/// How far shares are from what is expected.
+fn chi_square(hits: &[u64], expected_shares: &[f64]) -> f64 {
+    let total = hits.iter().sum::<u64>() as f64;
+    let term = |(hits, share): (&u64, &f64)| (*hits as f64 - share * total).powi(2) / (share * total);
+    hits.iter().zip(expected_shares).map(term).sum()
+}
+
+/// With 3 degrees of freedom, chance alone goes above this once in 1,000 runs.
+const CHI_SQUARE_3: f64 = 16.27;
+
+/// By chance one run in 1,000 fails, so a second look is taken before that counts.
+fn is_even(what: &str, mut run: impl FnMut() -> f64) {
+    let first = run();
+    figure(&format!("{what}: chi-square {first:.1}; chance alone passes {CHI_SQUARE_3} once in 1,000 runs"));
+    assert!(first < CHI_SQUARE_3 || run() < CHI_SQUARE_3, "{what}: {first}");
+}
+
+/// Four backends stay, with weights 1 to 4; a fifth comes and goes all the time.
 #[test]
-fn random_is_even_by_chi_square() {
-    let chi_square = || {
-        let (mesh, servers) = start("random", &[100, 200, 300, 400]);
-        dial(&mesh, 5000);
-        let term = |(server, expected): (&Server, f64)| (server.hits() as f64 - expected).powi(2) / expected;
-        servers.iter().zip([500.0, 1000.0, 1500.0, 2000.0]).map(term).sum::<f64>()
+fn shares_follow_the_weights_by_chi_square_while_a_backend_comes_and_goes() {
+    const WEIGHTS: [u16; 4] = [100, 200, 300, 400];
+    let connects = if is_long() { 100_000 } else { 10_000 };
+    for policy in ["random", "least-connections", "round-robin"] {
+        let (mesh, servers) = start(policy, &WEIGHTS);
+        let fifth = Server::start("x");
+        let text = |with_fifth: bool| {
+            let weighted = servers.iter().zip(WEIGHTS).chain(with_fifth.then_some((&fifth, 250)));
+            let instances: Vec<_> =
+                weighted.map(|(server, weight)| ("127.0.0.1", server.port(), weight)).collect();
+            weighted_service("echo", 80, VIP, &instances).replace("\"random\"", &format!("{policy:?}"))
+        };
+        is_even(&format!("{policy} over weights 1 to 4 beside a backend that comes and goes"), || {
+            let before: Vec<_> = servers.iter().map(Server::hits).collect();
+            let mut client = mesh.inside(env!("CARGO_BIN_EXE_client"));
+            let connects = connects.to_string();
+            client.args([&format!("{VIP}:80"), "1", &connects]).stdout(Stdio::piped());
+            let client = client.spawn().unwrap();
+            let client = std::thread::spawn(|| client.wait_with_output().unwrap());
+            let (mut changes, hits) = (0, fifth.hits());
+            while !client.is_finished() {
+                changes += 1;
+                mesh.write(&text(changes % 2 == 1));
+                mesh.wait_for_backends(&format!("{VIP}:80"), 4 + changes % 2);
+            }
+            let answers = String::from_utf8(client.join().unwrap().stdout).unwrap();
+            assert!(answers.lines().all(|line| line.ends_with(" x")), "a connect failed");
+            assert!(changes > 4 && fifth.hits() > hits, "it came and went {changes} times");
+            let hits: Vec<_> =
+                servers.iter().zip(before).map(|(server, before)| server.hits() - before).collect();
+            chi_square(&hits, &[0.1, 0.2, 0.3, 0.4])
+        });
+    }
+}
+
+/// Who answers each of so many workloads.
+fn answers_of_workloads(mesh: &Mesh, count: usize) -> Vec<String> {
+    // One process that becomes one workload after the other: a workload is a cgroup.
+    let program = format!(
+        r#"
+import os, socket
+root = "{}"
+for n in range({count}):
+    group = f"{{root}}/w{{n}}"
+    os.makedirs(group, exist_ok=True)
+    open(group + "/cgroup.procs", "w").write(str(os.getpid()))
+    with socket.create_connection(("{VIP}", 80), 5) as s:
+        print(s.recv(9).decode())
+open(root + "/cgroup.procs", "w").write(str(os.getpid()))
+"#,
+        mesh.cgroup.display()
+    );
+    mesh.python(&program).lines().map(str::to_owned).collect()
+}
+
+#[test]
+fn maglev_spreads_workloads_by_weight_and_moves_only_those_of_a_backend_that_leaves() {
+    let workloads = if is_long() { 20_000 } else { 2000 };
+    let servers = ["a", "b", "c", "d", "e"].map(Server::start);
+    let text = |weights: &[u16]| {
+        let weighted = servers.iter().zip(weights);
+        let instances: Vec<_> =
+            weighted.map(|(server, weight)| ("127.0.0.1", server.port(), *weight)).collect();
+        weighted_service("echo", 80, VIP, &instances).replace("\"random\"", "\"maglev\"")
     };
-    // 3 degrees of freedom: above 16.3 once in 1,000 runs by chance, so a second look is taken.
-    let first = chi_square();
-    assert!(first < 16.3 || chi_square() < 16.3, "{first}");
+    let mesh = Mesh::start(&text(&[100, 200, 300, 400]));
+    let count =
+        |answers: &[String], name: &str| answers.iter().filter(|answer| *answer == name).count() as u64;
+    // What the table holds is within 1 % of the weights; the workloads follow the table.
+    let lb = mesh.lb();
+    let share = |server: &Server| {
+        let backends = lb[0]["backends"].as_array().unwrap();
+        backends.iter().find(|b| b["port"] == server.port()).unwrap()["share"].as_f64().unwrap()
+    };
+    let shares: Vec<_> = servers[..4].iter().map(share).collect();
+    for (share, expected) in shares.iter().zip([0.1, 0.2, 0.3, 0.4]) {
+        assert!((share - expected).abs() < 0.01, "{shares:?}");
+    }
+    let answers = answers_of_workloads(&mesh, workloads);
+    let hits = ["a", "b", "c", "d"].map(|name| count(&answers, name));
+    let chi_square = chi_square(&hits, &shares);
+    figure(&format!("maglev, {workloads} workloads over weights 1 to 4: chi-square {chi_square:.1}"));
+    // Ids of cgroups are not random: this is the same on every run but for where they begin.
+    assert!(chi_square < CHI_SQUARE_3 * 2.0, "{hits:?} for {shares:?}");
+
+    mesh.write(&text(&[100; 5]));
+    mesh.wait_for_backends(&format!("{VIP}:80"), 5);
+    let before = answers_of_workloads(&mesh, workloads);
+    mesh.write(&text(&[100; 4]));
+    mesh.wait_for_backends(&format!("{VIP}:80"), 4);
+    let after = answers_of_workloads(&mesh, workloads);
+    let moved = before.iter().zip(&after).filter(|(before, after)| before != after).count();
+    let strays = before.iter().zip(&after).filter(|(a, b)| a != b && *a != "e").count();
+    figure(&format!(
+        "maglev, one of five backends leaves: {moved} of {workloads} workloads move, {strays} of them had another one"
+    ));
+    assert_eq!(moved as u64, count(&before, "e") + strays as u64);
+    assert_eq!(strays, 0, "none moves but those that must");
 }
 
 #[test]
