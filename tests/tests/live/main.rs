@@ -8,6 +8,7 @@ mod daemon;
 mod datagram;
 mod eject;
 mod input;
+mod kubernetes;
 mod left;
 mod load;
 mod policy;
