@@ -13,4 +13,5 @@ mod left;
 mod load;
 mod policy;
 mod servers;
+mod sockets;
 mod thirdparty;
