@@ -250,20 +250,31 @@ fn what_cannot_be_translated_fails_at_once_and_locally() {
 fn a_socket_that_ended_unseen_is_taken_off_the_count() {
     let tcp = keeper("127.0.0.1:0");
     let mut mesh = Mesh::start(&service("t", 80, VIP, &[("127.0.0.1", tcp.port())]));
-    let program = format!(
-        "import socket, sys\ns = [socket.create_connection((\"{VIP}\", 80), 5) for _ in range(3)]\nprint(\"up\", flush=True)\nsys.stdin.readline()"
-    );
-    let (mut lost, mut kept) = (mesh.dialogue(&program), mesh.dialogue(&program));
+    let client = |count: usize| {
+        format!(
+            r#"
+import socket, sys
+s = [socket.create_connection(("{VIP}", 80), 5) for _ in range({count})]
+print("up", flush=True)
+sys.stdin.readline()
+"#
+        )
+    };
+    let (mut lost, mut kept) = (mesh.dialogue(&client(3)), mesh.dialogue(&client(3)));
     assert_eq!((lost.hear(), kept.hear()), ("up".into(), "up".into()));
-    // Nobody sees these end.
+    // Nobody sees these end, as soon as the kernel has let the program go.
     mesh.kill();
     std::fs::remove_file(mesh.pin_dir.join("link/mesh_release")).unwrap();
+    wait_until("a socket's end goes unseen", || {
+        mesh.python(&client(1));
+        mesh.used("SOCKETS") == 7
+    });
     lost.end();
-    assert_eq!(mesh.used("SOCKETS"), 6);
+    assert_eq!(mesh.used("SOCKETS"), 7);
     mesh.launch();
     mesh.ready();
     let active = || mesh.json(&["backend", "list"])[0]["connections"]["active"].clone();
-    wait_until("two looks agree that three are gone", || active() == 3);
+    wait_until("two looks agree that four are gone", || active() == 3);
     kept.end();
     wait_until("the others are seen", || active() == 0);
 }
