@@ -9,11 +9,17 @@ use std::{
     thread,
 };
 
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::{
+    fs::fstatfs,
+    thread::{LinkNameSpaceType, move_into_link_name_space},
+};
 
 mod netlink;
 pub mod routes;
 pub mod sockets;
+
+/// `NSFS_MAGIC` of linux/magic.h: the file system of open namespaces.
+const NSFS_MAGIC: u64 = 0x6e73_6673;
 
 /// A network namespace, held open.
 #[derive(Debug)]
@@ -24,8 +30,13 @@ pub struct NetNs {
 }
 
 impl NetNs {
+    /// An error for a plain file too: `ip netns` leaves one behind for a moment when it takes a
+    /// namespace away.
     fn open(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
+        if fstatfs(&file)?.f_type.cast_unsigned() != NSFS_MAGIC {
+            return Err(io::Error::new(io::ErrorKind::NotFound, "no namespace"));
+        }
         Ok(Self { inode: file.metadata()?.ino(), file })
     }
 
@@ -94,6 +105,13 @@ fn named(mountinfo: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_is_no_namespace_is_left_out() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let paths = [file.path().to_owned(), "/proc/self/ns/net".into()];
+        assert_eq!(open(paths.into_iter()).len(), 1);
+    }
 
     #[test]
     fn named_namespaces_are_found_among_the_mounts() {

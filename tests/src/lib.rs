@@ -4,6 +4,7 @@
 //! Everything is removed when it is dropped, also when a test fails.
 
 use std::{
+    ffi::OsStr,
     fs,
     io::{BufRead, BufReader, Lines, Write},
     net::TcpListener,
@@ -18,6 +19,8 @@ use tempfile::TempDir;
 
 pub mod netns;
 pub mod server;
+
+use netns::Host;
 
 /// Longest wait for something that should happen at once.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -182,15 +185,27 @@ impl Mesh {
         self.pin_dir.join(format!("abi-{}", mesh_common::abi::VERSION)).join(map)
     }
 
-    /// The kernel's table, read from the pins.
-    pub fn lb(&self) -> Value {
+    /// What `mesh bpf WHAT` reads from the pins.
+    pub fn bpf(&self, what: &str) -> Value {
         let output = Command::new(binary())
-            .args(["bpf", "lb", "-o", "json", "--config"])
+            .args(["bpf", what, "-o", "json", "--config"])
             .arg(&self.config)
             .output()
             .unwrap();
         assert!(output.status.success(), "{}", text(&output));
         serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    /// The kernel's table.
+    pub fn lb(&self) -> Value {
+        self.bpf("lb")
+    }
+
+    /// How much of a map the kernel uses.
+    pub fn used(&self, map: &str) -> u64 {
+        let maps = self.bpf("maps");
+        let row = maps.as_array().unwrap().iter().find(|row| row["name"] == map).unwrap();
+        row["used"].as_u64().unwrap()
     }
 
     /// Addresses that the kernel sends a frontend's connects to.
@@ -212,10 +227,22 @@ impl Mesh {
     }
 
     /// A command whose sockets are translated.
-    pub fn inside(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
-        let mut command = Command::new("sh");
-        let script = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", self.cgroup.display());
-        command.args(["-c", &script, "sh"]).arg(program).stdin(Stdio::null());
+    pub fn inside(&self, program: impl AsRef<OsStr>) -> Command {
+        enter(&self.cgroup, program)
+    }
+
+    /// A cgroup below the managed one: that of a task, or a pod.
+    pub fn workload(&self, name: &str) -> Workload {
+        let cgroup = self.cgroup.join(name);
+        fs::create_dir_all(&cgroup).unwrap();
+        Workload(cgroup)
+    }
+
+    /// As [`inside`](Self::inside), on a host.
+    pub fn on(&self, host: &Host, program: &str) -> Command {
+        let [nsenter, net] = host.enter();
+        let mut command = self.inside(nsenter);
+        command.arg(net).arg(program);
         command
     }
 
@@ -257,6 +284,16 @@ impl Drop for Mesh {
         if !gone {
             eprintln!("left behind: {}", self.cgroup.display());
         }
+    }
+}
+
+/// A cgroup that goes with the [`Mesh`] it belongs to.
+pub struct Workload(PathBuf);
+
+impl Workload {
+    /// A command whose sockets are translated, and are this workload's.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        enter(&self.0, program)
     }
 }
 
@@ -327,6 +364,13 @@ pub fn datagram_service(name: &str, port: u16, vip: &str, instances: &[(&str, u1
 /// A loopback address that nobody listens on at the moment.
 pub fn free_address() -> String {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+}
+
+fn enter(cgroup: &Path, program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("sh");
+    let script = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", cgroup.display());
+    command.args(["-c", &script, "sh"]).arg(program).stdin(Stdio::null());
+    command
 }
 
 fn replace(path: &Path, text: &str) {

@@ -1,61 +1,59 @@
-//! Network namespaces joined by a cable.
+//! Network namespaces joined by a switch.
 
-use std::process::Command;
+use std::{cell::Cell, process::Command};
 
 use crate::{text, unique};
 
-/// Two hosts, `10.213.0.1` and `10.213.0.2`, each in a namespace of its own.
-pub struct Pair {
-    pub client: Host,
-    pub server: Host,
+/// A switch, in a namespace of its own, and the hosts that are plugged into it.
+pub struct Network {
+    switch: Namespace,
+    hosts: Cell<u8>,
 }
 
-/// A network namespace.
-pub struct Host(String);
+/// A machine, or a pod: a namespace with one address.
+pub struct Host {
+    namespace: Namespace,
+    pub address: String,
+}
 
-impl Pair {
+/// A network namespace with a name.
+struct Namespace(String);
+
+impl Network {
     pub fn new() -> Self {
-        let pair = Self { client: Host::new("c"), server: Host::new("s") };
-        ip(&[
-            "link",
-            "add",
-            "v0",
-            "netns",
-            &pair.client.0,
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "v0",
-            "netns",
-            &pair.server.0,
-        ]);
-        for (host, address) in [(&pair.client, "10.213.0.1/24"), (&pair.server, "10.213.0.2/24")] {
-            ip(&["-n", &host.0, "address", "add", address, "dev", "v0"]);
-            ip(&["-n", &host.0, "link", "set", "v0", "up"]);
-            ip(&["-n", &host.0, "link", "set", "lo", "up"]);
-        }
-        pair
+        let switch = Namespace::new("switch");
+        ip(&["-n", &switch.0, "link", "add", "sw0", "type", "bridge"]);
+        ip(&["-n", &switch.0, "link", "set", "sw0", "up"]);
+        Self { switch, hosts: Cell::new(0) }
+    }
+
+    /// One more host: `10.213.0.1`, then `10.213.0.2` and so on. An address is not used again.
+    pub fn host(&self) -> Host {
+        let number = self.hosts.get() + 1;
+        self.hosts.set(number);
+        let host = Host { namespace: Namespace::new("host"), address: format!("10.213.0.{number}") };
+        let (name, switch, port) = (&host.namespace.0, &self.switch.0, format!("p{number}"));
+        let cable = ["link", "add", "v0", "netns", name, "type", "veth", "peer", "name", &port];
+        ip(&[&cable[..], &["netns", switch]].concat());
+        ip(&["-n", switch, "link", "set", &port, "master", "sw0", "up"]);
+        ip(&["-n", name, "address", "add", &format!("{}/24", host.address), "dev", "v0"]);
+        ip(&["-n", name, "link", "set", "v0", "up"]);
+        ip(&["-n", name, "link", "set", "lo", "up"]);
+        host
     }
 }
 
-impl Default for Pair {
+impl Default for Network {
     fn default() -> Self {
         Self::new()
     }
 }
 
 impl Host {
-    fn new(role: &str) -> Self {
-        let name = unique(&format!("mesh-{role}"));
-        ip(&["netns", "add", &name]);
-        Self(name)
-    }
-
     /// The words that run a command on this host. `nsenter` keeps the cgroup and BPF file
     /// systems visible; `ip netns exec` hides them.
     pub fn enter(&self) -> [String; 2] {
-        ["nsenter".into(), format!("--net=/run/netns/{}", self.0)]
+        self.namespace.enter()
     }
 
     /// A command on this host.
@@ -65,12 +63,29 @@ impl Host {
         command.arg(net).arg(program);
         command
     }
+
+    /// Pulls the cable out: what is sent to this host is lost from now on.
+    pub fn unplug(&self) {
+        ip(&["-n", &self.namespace.0, "link", "set", "v0", "down"]);
+    }
 }
 
-impl Drop for Host {
+impl Namespace {
+    fn new(role: &str) -> Self {
+        let name = unique(&format!("mesh-{role}"));
+        ip(&["netns", "add", &name]);
+        Self(name)
+    }
+
+    fn enter(&self) -> [String; 2] {
+        ["nsenter".into(), format!("--net=/run/netns/{}", self.0)]
+    }
+}
+
+impl Drop for Namespace {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("this host was: {}", self.enter().join(" "));
+            eprintln!("this namespace was: {}", self.enter().join(" "));
         }
         let _ = Command::new("ip").args(["netns", "delete", &self.0]).status();
     }

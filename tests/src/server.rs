@@ -1,14 +1,19 @@
-//! Servers that answer with their name.
+//! Servers that answer with their name, and a name server.
 
 use std::{
     io::Write,
-    net::{SocketAddr, TcpListener, UdpSocket},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    process::{Child, Command, Stdio},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
     thread,
 };
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::{free_address, wait_until};
 
 /// Serves until the test ends.
 pub struct Server {
@@ -62,5 +67,40 @@ impl Server {
     /// Connections accepted, or datagrams received, so far.
     pub fn hits(&self) -> u64 {
         self.hits.load(Ordering::Relaxed)
+    }
+}
+
+/// A real name server, dnsmasq, on 127.0.0.1. It knows one name.
+pub struct Dns {
+    pub port: u16,
+    dnsmasq: Child,
+}
+
+impl Dns {
+    pub fn start(name: &str, address: &str) -> Self {
+        let listen = free_address();
+        let (_, port) = listen.rsplit_once(':').unwrap();
+        let mut dnsmasq = Command::new("dnsmasq");
+        dnsmasq.args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts"]);
+        dnsmasq.args(["--user=root", "--pid-file", "--bind-interfaces", "--listen-address=127.0.0.1"]);
+        dnsmasq.args([format!("--port={port}"), format!("--address=/{name}/{address}")]);
+        // Questions for anything else about the name are answered too: there is nothing.
+        dnsmasq.arg(format!("--local=/{name}/"));
+        let dnsmasq = dnsmasq.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        // It listens for TCP last.
+        wait_until("dnsmasq listens", || TcpStream::connect(&listen).is_ok());
+        Self { port: port.parse().unwrap(), dnsmasq }
+    }
+
+    /// From now on it answers nothing, and its socket is still there.
+    pub fn fall_silent(&self) {
+        kill_process(Pid::from_child(&self.dnsmasq), Signal::STOP).unwrap();
+    }
+}
+
+impl Drop for Dns {
+    fn drop(&mut self) {
+        let _ = self.dnsmasq.kill();
+        let _ = self.dnsmasq.wait();
     }
 }

@@ -15,9 +15,10 @@ use crate::tools::{self, as_root, cargo, find, output, run};
 const BPF_LINKER: &str = "0.10.3";
 
 /// Debian packages that the tests need, and a command that works where each of them is there.
-const PACKAGES: [(&str, &str); 12] = [
+const PACKAGES: [(&str, &str); 13] = [
     ("curl", "curl --version"),
     ("nginx", "nginx -v"),
+    ("dnsmasq-base", "dnsmasq --version"),
     ("iproute2", "ip -V"),
     ("util-linux", "nsenter --version"),
     ("python3", "python3 --version"),

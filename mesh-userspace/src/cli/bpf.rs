@@ -8,7 +8,7 @@ use serde::Serialize;
 use super::output::{Format, or_dash, print, table};
 use crate::{
     api::objects::{Share, join},
-    datapath::{Maps, PROGRAMS, Pins, ProgramInfo, pinned_maps, program_info},
+    datapath::{Maps, PROGRAMS, Pins, ProgramInfo, Sockets, pinned_maps, program_info},
     model::Protocol,
     plan::alias,
 };
@@ -32,6 +32,7 @@ pub(super) fn maps(pins: &Pins, format: Format) -> anyhow::Result<()> {
         ("SERVICES", dump.services.len()),
         ("BACKENDS", dump.backends.len()),
         ("SLOTS", slots),
+        ("SOCKETS", Sockets::open(pins)?.taken().len()),
     ]);
     let mut rows = Vec::new();
     for (name, info) in pinned_maps(pins)? {

@@ -22,17 +22,9 @@ except OSError as e:
 
 /// What identifies everything mesh has in the kernel.
 fn kernel_objects(mesh: &Mesh) -> (Value, Value, Vec<Value>) {
-    let json = |what: &str| -> Value {
-        let output = Command::new(binary())
-            .args(["bpf", what, "-o", "json", "--config"])
-            .arg(&mesh.config)
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{}", text(&output));
-        serde_json::from_slice(&output.stdout).unwrap()
-    };
-    let links = json("programs").as_array().unwrap().iter().map(|program| program["link"].clone()).collect();
-    (json("lb"), json("maps"), links)
+    let links =
+        mesh.bpf("programs").as_array().unwrap().iter().map(|program| program["link"].clone()).collect();
+    (mesh.bpf("lb"), mesh.bpf("maps"), links)
 }
 
 /// A VIP that no hook translates: nobody listens there, and where some daemon runs there is a route.

@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::process::ExitStatusExt, process::Command, time::Instant};
 
-use mesh_tests::{Mesh, figure, free_address, server::Server, service, wait_until};
+use mesh_tests::{Mesh, figure, free_address, netns::Network, server::Server, service, wait_until};
 
 const VIP: &str = "127.128.11.1";
 
@@ -147,7 +147,8 @@ fn an_ejection_outlives_the_daemon() {
 #[test]
 fn local_errors_do_not_count() {
     // Nobody answers there: connects stay in SYN_SENT.
-    let pair = mesh_tests::netns::Pair::new();
+    let network = Network::new();
+    let host = network.host();
     let eject = r#"eject = { failures = 1, base = "60s", max_percent = 100 }"#;
     let text =
         service("silent", 80, VIP, &[("10.213.0.77", 81)]).replacen("policy", &format!("{eject}\npolicy"), 1);
@@ -170,9 +171,7 @@ s.connect_ex(("{VIP}", 80))
 os.kill(os.getpid(), 9)
 "#
     );
-    let [nsenter, net] = pair.client.enter();
-    let mut inside = mesh.inside(nsenter);
-    let output = inside.arg(net).args(["python3", "-c", &program]).output().unwrap();
+    let output = mesh.on(&host, "python3").args(["-c", &program]).output().unwrap();
     assert_eq!(output.status.signal(), Some(9), "{}", mesh_tests::text(&output));
     assert_eq!(ejected(&mesh), 0);
     let health = mesh.json(&["backend", "list"])[0].clone();

@@ -2,7 +2,12 @@
 
 use std::process::Command;
 
-use mesh_tests::{Mesh, datagram_service, netns::Pair, server::Server, service, text, wait_until};
+use mesh_tests::{
+    Dialogue, Mesh, datagram_service,
+    netns::{Host, Network},
+    server::Server,
+    service, text, wait_until,
+};
 
 const VIP: &str = "127.128.13.1";
 
@@ -73,35 +78,73 @@ fn connected_sockets_to_a_removed_backend_are_closed_after_its_drain_time() {
     assert!(client.end().success());
 }
 
-#[test]
-fn sockets_in_other_namespaces_are_closed_too_also_after_a_restart() {
-    let pair = Pair::new();
-    let services = service("t", 80, VIP, &[("10.213.0.2", 8080)]);
-    let mut mesh = Mesh::start(&drained(&services));
-    let server = r#"
+/// A server that accepts one connection and says nothing.
+fn accepting(host: &Host) -> Dialogue {
+    let program = format!(
+        r#"
 import socket, sys
-s = socket.create_server(("10.213.0.2", 8080))
+s = socket.create_server(("{}", 8080))
 print("up", flush=True)
 c, _ = s.accept()
 sys.stdin.readline()
-"#;
-    let mut listening = pair.server.command("python3");
-    listening.args(["-c", server]);
-    let mut listening = mesh_tests::Dialogue::start(listening);
-    assert_eq!(listening.hear(), "up");
-    let program = format!(
-        "import errno, socket\ns = socket.create_connection((\"{VIP}\", 80), 5)\nprint(\"up\", flush=True)\n\
-         s.settimeout(40)\ntry:\n    s.recv(9)\nexcept OSError as error:\n    print(errno.errorcode[error.errno], flush=True)"
+"#,
+        host.address
     );
-    let [nsenter, net] = pair.client.enter();
-    let mut client = mesh.inside(nsenter);
-    client.arg(net).args(["python3", "-c", &program]);
-    let mut client = mesh_tests::Dialogue::start(client);
+    let mut server = host.command("python3");
+    server.args(["-c", &program]);
+    let mut server = Dialogue::start(server);
+    assert_eq!(server.hear(), "up");
+    server
+}
+
+/// A client that has sent something, waits for an answer, and says how that ends.
+fn waiting(mesh: &Mesh, host: &Host) -> Dialogue {
+    let program = format!(
+        r#"
+import errno, socket
+s = socket.create_connection(("{VIP}", 80), 5)
+s.send(b"x")
+print("up", flush=True)
+s.settimeout(40)
+try:
+    s.recv(9)
+except OSError as error:
+    print(errno.errorcode.get(error.errno, error), flush=True)
+"#
+    );
+    let mut client = mesh.on(host, "python3");
+    client.args(["-c", &program]);
+    let mut client = Dialogue::start(client);
     assert_eq!(client.hear(), "up");
+    client
+}
+
+#[test]
+fn sockets_in_other_namespaces_are_closed_too_also_after_a_restart() {
+    let network = Network::new();
+    let (client, server) = (network.host(), network.host());
+    let mut mesh = Mesh::start(&drained(&service("t", 80, VIP, &[(&server.address, 8080)])));
+    let listening = accepting(&server);
+    let mut client = waiting(&mesh, &client);
     mesh.kill();
     mesh.write(&drained(&service("t", 80, VIP, &[])));
     mesh.launch();
     mesh.ready();
+    assert_eq!(client.hear(), "ECONNABORTED");
+    client.end();
+    listening.end();
+}
+
+#[test]
+fn a_connection_to_a_backend_that_fell_silent_ends_when_the_registry_drops_it() {
+    let network = Network::new();
+    let (client, server) = (network.host(), network.host());
+    let mesh = Mesh::start(&drained(&service("t", 80, VIP, &[(&server.address, 8080)])));
+    let listening = accepting(&server);
+    let mut client = waiting(&mesh, &client);
+    server.unplug();
+    mesh.write(&drained(&service("t", 80, VIP, &[])));
+    // Without that it would wait for as long as its keepalive is, or for ever.
     assert_eq!(client.hear(), "ECONNABORTED");
     client.end();
     listening.end();
@@ -174,22 +217,20 @@ fn what_cannot_be_translated_fails_at_once_and_locally() {
     assert!(refused(mesh.inside("python3").args(["-c", &probes("False")]).output().unwrap()));
 
     // In a task's own namespace as soon as it has been seen.
-    let pair = Pair::new();
-    let [nsenter, net] = pair.client.enter();
-    let mut task = mesh.inside(&nsenter);
-    task.args([&net, "sleep", "60"]);
-    let mut task = task.spawn().unwrap();
+    let network = Network::new();
+    let host = network.host();
+    let mut task = mesh.on(&host, "sleep").arg("60").spawn().unwrap();
     wait_until("in the namespace", || {
-        refused(pair.client.command("python3").args(["-c", &probes("True")]).output().unwrap())
+        refused(host.command("python3").args(["-c", &probes("True")]).output().unwrap())
     });
     task.kill().unwrap();
     task.wait().unwrap();
 
     // It goes with the rest, and takes no other daemon's along.
-    let routes = |host: Option<&Pair>| {
+    let routes = |host: Option<&Host>| {
         let args = ["route", "show", "table", "local", "proto", "109"];
         let output = match host {
-            Some(pair) => pair.client.command("ip").args(args).output().unwrap(),
+            Some(host) => host.command("ip").args(args).output().unwrap(),
             None => Command::new("ip").args(args).output().unwrap(),
         };
         String::from_utf8(output.stdout).unwrap()
@@ -200,7 +241,7 @@ fn what_cannot_be_translated_fails_at_once_and_locally() {
     wait_until("the other daemon has its own", || routes(None).lines().count() >= 2);
     mesh.stop();
     assert!(mesh.cleanup().status.success());
-    assert_eq!(routes(Some(&pair)), "");
+    assert_eq!(routes(Some(&host)), "");
     assert!(routes(None).contains("unreachable 127.128.0.0/10"));
     drop(other);
 }
@@ -209,20 +250,31 @@ fn what_cannot_be_translated_fails_at_once_and_locally() {
 fn a_socket_that_ended_unseen_is_taken_off_the_count() {
     let tcp = keeper("127.0.0.1:0");
     let mut mesh = Mesh::start(&service("t", 80, VIP, &[("127.0.0.1", tcp.port())]));
-    let program = format!(
-        "import socket, sys\ns = [socket.create_connection((\"{VIP}\", 80), 5) for _ in range(3)]\nprint(\"up\", flush=True)\nsys.stdin.readline()"
-    );
-    let (mut lost, mut kept) = (mesh.dialogue(&program), mesh.dialogue(&program));
+    let client = |count: usize| {
+        format!(
+            r#"
+import socket, sys
+s = [socket.create_connection(("{VIP}", 80), 5) for _ in range({count})]
+print("up", flush=True)
+sys.stdin.readline()
+"#
+        )
+    };
+    let (mut lost, mut kept) = (mesh.dialogue(&client(3)), mesh.dialogue(&client(3)));
     assert_eq!((lost.hear(), kept.hear()), ("up".into(), "up".into()));
-    // Nobody sees these end.
+    // Nobody sees these end, as soon as the kernel has let the program go.
     mesh.kill();
     std::fs::remove_file(mesh.pin_dir.join("link/mesh_release")).unwrap();
+    wait_until("a socket's end goes unseen", || {
+        mesh.python(&client(1));
+        mesh.used("SOCKETS") == 7
+    });
     lost.end();
+    assert_eq!(mesh.used("SOCKETS"), 7);
     mesh.launch();
     mesh.ready();
     let active = || mesh.json(&["backend", "list"])[0]["connections"]["active"].clone();
-    assert_eq!(active(), 6);
-    wait_until("two looks agree that three are gone", || active() == 3);
+    wait_until("two looks agree that four are gone", || active() == 3);
     kept.end();
     wait_until("the others are seen", || active() == 0);
 }

@@ -151,12 +151,5 @@ fn killing_the_daemon_in_the_middle_of_changes_fails_no_connect() {
     let maps = mesh.json(&["status"])["maps"].clone();
     let used: Vec<_> = maps.as_array().unwrap().iter().map(|map| map["used"].as_u64().unwrap()).collect();
     assert_eq!(used, [1, 1, 2, 2], "{maps}");
-    let raw = Command::new(mesh_tests::binary())
-        .args(["bpf", "maps", "-o", "json", "--config"])
-        .arg(&mesh.config)
-        .output()
-        .unwrap();
-    let raw: serde_json::Value = serde_json::from_slice(&raw.stdout).unwrap();
-    let backends = raw.as_array().unwrap().iter().find(|map| map["name"] == "BACKENDS").unwrap();
-    assert_eq!(backends["used"], 2, "what the kernel holds");
+    assert_eq!(mesh.used("BACKENDS"), 2, "what the kernel holds");
 }

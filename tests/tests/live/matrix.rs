@@ -9,7 +9,7 @@ use std::{
     slice, thread,
 };
 
-use mesh_tests::{Mesh, datagram_service, netns::Pair, service, text};
+use mesh_tests::{Mesh, datagram_service, netns::Network, service, text};
 use rustix::net::{AddressFamily, SocketType, bind, ipproto, listen, socket, sockopt::socket_protocol};
 
 const PORT: &str = "80";
@@ -260,7 +260,7 @@ fn documents(table: &str) {
 
 #[test]
 fn fast_open_sends_its_first_bytes_to_the_backend_and_shows_the_vip() {
-    let host = Pair::new().client;
+    let host = Network::new().host();
     let [(_, four), (_, six), _] = FAMILIES;
     let services =
         service("four", 80, four, &[("127.0.0.1", 8080)]) + &service("six", 80, six, &[("::1", 8080)]);
