@@ -23,7 +23,10 @@ pub mod server;
 use netns::Host;
 
 /// Longest wait for something that should happen at once.
-const PATIENCE: Duration = Duration::from_secs(20);
+fn patience() -> Duration {
+    let emulated = std::env::var_os("MESH_TEST_EMULATED").is_some();
+    Duration::from_secs(if emulated { 120 } else { 20 })
+}
 
 /// The daemon under test: what `cargo xtask build` leaves.
 pub fn binary() -> PathBuf {
@@ -52,7 +55,7 @@ pub fn now() -> u64 {
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let start = Instant::now();
     while !condition() {
-        assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain: {what}");
+        assert!(start.elapsed() < patience(), "waited {:?} in vain: {what}", patience());
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -130,7 +133,8 @@ impl Mesh {
     }
 
     pub fn ready(&self) {
-        let ready = self.mesh(&["status", "--brief", "--wait=20s"]).output().unwrap();
+        let ready =
+            self.mesh(&["status", "--brief", &format!("--wait={}s", patience().as_secs())]).output().unwrap();
         assert!(ready.status.success(), "not ready: {}\n{}", text(&ready), self.log());
     }
 

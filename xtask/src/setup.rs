@@ -15,7 +15,7 @@ use crate::tools::{self, as_root, cargo, find, output, run};
 const BPF_LINKER: &str = "0.10.3";
 
 /// Debian packages that the tests need, and a command that works where each of them is there.
-const PACKAGES: [(&str, &str); 13] = [
+const PACKAGES: [(&str, &str); 18] = [
     ("curl", "curl --version"),
     ("nginx", "nginx -v"),
     ("dnsmasq-base", "dnsmasq --version"),
@@ -32,11 +32,32 @@ const PACKAGES: [(&str, &str); 13] = [
     // A runtime alone would not run a source file.
     ("default-jdk-headless", "javac --version"),
     ("mptcpize", "mptcpize --version"),
+    // For other kernels.
+    ("qemu-system-x86", "qemu-system-x86_64 --version"),
+    ("busybox-static", "busybox true && ! ldd $(which busybox)"),
+    ("cpio", "cpio --version"),
+    ("kmod", "depmod --version"),
+    ("xz-utils", "xzcat --version"),
+];
+
+/// Comes with qemu, or apart from it in newer releases of Debian.
+const LATER_PACKAGES: [(&str, &str); 1] =
+    [("virtiofsd", "test -x /usr/libexec/virtiofsd || test -x /usr/lib/qemu/virtiofsd")];
+
+/// The kernels that the datapath is tested on besides the running one, as Debian packages them.
+const KERNELS: [(&str, &str); 2] = [
+    ("6.1", r"^linux-image-6\.1\.[0-9]+-[0-9]+-cloud-amd64$"),
+    ("6.12", r"^linux-image-6\.12\.[0-9]+\+deb1[0-9]-cloud-amd64$"),
 ];
 
 pub(crate) fn everything() -> anyhow::Result<()> {
     toolchain()?;
-    packages()
+    packages(&PACKAGES)?;
+    packages(&LATER_PACKAGES)?;
+    if cfg!(not(target_arch = "x86_64")) {
+        return Ok(());
+    }
+    KERNELS.iter().try_for_each(|(series, pattern)| kernel(series, pattern))
 }
 
 /// What the build needs.
@@ -94,9 +115,9 @@ fn llvm_version() -> anyhow::Result<String> {
 }
 
 /// What the tests need besides.
-pub(crate) fn packages() -> anyhow::Result<()> {
+fn packages(all: &[(&str, &str)]) -> anyhow::Result<()> {
     let missing: Vec<_> =
-        PACKAGES.iter().filter(|(_, probe)| !works(probe)).map(|(package, _)| *package).collect();
+        all.iter().filter(|(_, probe)| !works(probe)).map(|(package, _)| *package).collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -118,6 +139,35 @@ pub(crate) fn packages() -> anyhow::Result<()> {
         ])
         .args(&missing))
     .with_context(|| format!("install them yourself: apt-get install {names}"))
+}
+
+/// Unpacks a kernel below target/kernels; nothing of it is installed.
+fn kernel(series: &str, pattern: &str) -> anyhow::Result<()> {
+    let dir = tools::root().join("target/kernels").join(series);
+    if dir.exists() {
+        return Ok(());
+    }
+    let search = || output(Command::new("apt-cache").args(["search", "--names-only", pattern]));
+    let mut found = search()?;
+    if found.is_empty() {
+        run(as_root("apt-get").args(["update", "-qq"]))?;
+        found = search()?;
+    }
+    let names = found.lines().filter_map(|line| line.split(' ').next());
+    let number = |name: &&str| {
+        name.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse::<u32>().ok()).collect::<Vec<_>>()
+    };
+    let package =
+        names.max_by_key(number).with_context(|| format!("Debian has no package like {pattern}"))?;
+    eprintln!("setup: unpacking {package} into target/kernels, for tests under qemu");
+    let new = dir.with_file_name(format!("{series}.new"));
+    let _ = fs::remove_dir_all(&new);
+    fs::create_dir_all(&new)?;
+    run(Command::new("apt-get").args(["download", "-qq", package]).current_dir(&new))?;
+    let archive = fs::read_dir(&new)?.next().context("the package was downloaded")??.path();
+    run(Command::new("dpkg").arg("-x").arg(&archive).arg(&new))?;
+    fs::remove_file(archive)?;
+    Ok(fs::rename(new, dir)?)
 }
 
 /// Whether a shell command ends well.
