@@ -9,6 +9,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File, TryLockError},
     io,
+    mem::offset_of,
     os::fd::AsFd,
     path::{Path, PathBuf},
 };
@@ -20,9 +21,10 @@ use aya::{
 };
 use mesh_common::{
     abi::{
-        self, Backend, Client, Connection, Cookies, Frontend, SETS, ServiceWord, Settings, SlotWord,
-        VipRanges, WAYS, map,
+        self, Backend, Client, Connection, Cookies, Frontend, Origin, Port, SETS, ServiceWord, Settings,
+        SlotWord, VipRanges, WAYS, map,
     },
+    address::Address,
     health::HealthWord,
     outcome::Outcome,
 };
@@ -30,7 +32,7 @@ use mesh_common::{
 pub use aya::programs::ProgramInfo;
 
 use crate::plan::{
-    Applied, Op,
+    Applied, Endpoint, Op,
     applied::{Dump, Sizes},
 };
 
@@ -173,6 +175,8 @@ pub struct Place {
     pub cookie: u64,
     /// The backend on whose count it is; zero if on none.
     pub backend: u64,
+    /// Where it was sent. It may have dialled something else since.
+    pub peer: Endpoint,
 }
 
 /// The datapath as the daemon holds it. Dropping it leaves everything in place.
@@ -387,9 +391,16 @@ impl Maps {
 
 #[expect(clippy::cast_possible_truncation, reason = "4")]
 const PLACES: u32 = SETS * WAYS as u32;
-#[expect(clippy::cast_possible_truncation, reason = "8")]
-const CONNECTION_WORDS: u32 = (size_of::<Connection>() / size_of::<u64>()) as u32;
-const _: () = assert!(std::mem::offset_of!(Connection, held) == 0);
+const CONNECTION_WORDS: u32 = in_words(size_of::<Connection>());
+const PEER_ADDRESS: usize = offset_of!(Connection, origin) + offset_of!(Origin, backend_address);
+const PEER_PORT: usize = offset_of!(Connection, origin) + offset_of!(Origin, backend_port);
+const _: () = assert!(offset_of!(Connection, held) == 0 && PEER_ADDRESS.is_multiple_of(8));
+
+/// The word that a byte of a connection is in.
+#[expect(clippy::cast_possible_truncation, reason = "at most 64 bytes")]
+const fn in_words(bytes: usize) -> u32 {
+    (bytes / size_of::<u64>()) as u32
+}
 
 /// The sockets that have a place in `SOCKETS`.
 pub struct Sockets {
@@ -416,11 +427,24 @@ impl Sockets {
         let taken =
             (0..PLACES).map(|index| (index, self.cookies.load(index))).filter(|(_, cookie)| *cookie != 0);
         let place = |(index, cookie)| Place {
+            peer: self.peer(index),
             index,
             cookie,
             backend: self.connections.load(index * CONNECTION_WORDS),
         };
         taken.map(place).collect()
+    }
+
+    /// Where the socket of a place was sent.
+    fn peer(&self, index: u32) -> Endpoint {
+        let word = |at: usize| self.connections.load(index * CONNECTION_WORDS + in_words(at)).to_ne_bytes();
+        let mut octets = [0; 16];
+        octets[..8].copy_from_slice(&word(PEER_ADDRESS));
+        octets[8..].copy_from_slice(&word(PEER_ADDRESS + 8));
+        let ports = word(PEER_PORT);
+        let at = PEER_PORT % size_of::<u64>();
+        let port = u16::from_be_bytes([ports[at], ports[at + 1]]);
+        Endpoint { address: Address::from_octets(octets), port: Port::new(port) }
     }
 
     /// Frees the place of a socket that is no more, unless it has been freed meanwhile.

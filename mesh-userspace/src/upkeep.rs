@@ -3,7 +3,7 @@
 //! are gone, and takes sockets off the counts that ended unseen.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     io,
     path::PathBuf,
     sync::{Arc, RwLock, mpsc},
@@ -122,25 +122,36 @@ impl Upkeep {
         if due.is_empty() {
             return Ok(());
         }
-        let places = self.sockets.taken();
-        let mut cookies = HashSet::new();
-        for leaving in due {
-            let held = places.iter().filter(|place| place.backend == u64::from(leaving.backend));
-            let held: Vec<_> = held.map(|place| place.cookie).collect();
-            if held.is_empty() || self.is_back(&leaving) {
-                self.leaving.remove(&leaving.backend);
-                continue;
-            }
-            cookies.extend(held);
-            self.leaving.insert(leaving.backend, Leaving { due: now + PERIOD, ..leaving });
+        // Looked at again, until none of its sockets is found any more.
+        let ids: HashSet<_> = due.iter().map(|leaving| u64::from(leaving.backend)).collect();
+        let mut left: HashMap<_, _> = HashMap::new();
+        for place in self.sockets.taken().iter().filter(|place| ids.contains(&place.backend)) {
+            left.insert(place.cookie, *place);
         }
-        if cookies.is_empty() {
+        for leaving in &due {
+            let held = left.values().any(|place| place.backend == u64::from(leaving.backend));
+            if !held || self.is_back(leaving) {
+                left.retain(|_, place| place.backend != u64::from(leaving.backend));
+                self.leaving.remove(&leaving.backend);
+            }
+        }
+        if left.is_empty() {
             return Ok(());
         }
+        let mut found = HashSet::new();
         for namespace in netns::all()? {
-            let closed = namespace.run(|| close(&cookies))?;
-            if closed > 0 {
-                tracing::info!("closed {closed} sockets that were left behind on backends that are gone");
+            let closed = namespace.run(|| close(&left))?;
+            if !closed.is_empty() {
+                let count = closed.len();
+                tracing::info!("closed {count} sockets that were left behind on backends that are gone");
+            }
+            found.extend(closed);
+        }
+        for leaving in due {
+            if found.contains(&u64::from(leaving.backend)) {
+                self.leaving.insert(leaving.backend, Leaving { due: now + PERIOD, ..leaving });
+            } else {
+                self.leaving.remove(&leaving.backend);
             }
         }
         Ok(())
@@ -189,12 +200,18 @@ fn cookies() -> io::Result<Vec<u64>> {
     Ok(cookies)
 }
 
-/// Closes those of these sockets that are in the namespace of the calling thread.
-fn close(cookies: &HashSet<u64>) -> io::Result<usize> {
-    let mut closed = 0;
+/// Closes those of these sockets that are in the namespace of the calling thread, but none that
+/// has dialled something else since; returns their backends.
+fn close(left: &HashMap<u64, Place>) -> io::Result<Vec<u64>> {
+    let mut closed = Vec::new();
     for protocol in [Protocol::Tcp, Protocol::Udp] {
-        for socket in sockets::list(protocol.number())?.iter().filter(|s| cookies.contains(&s.cookie())) {
-            closed += usize::from(sockets::destroy(socket)?);
+        for socket in sockets::list(protocol.number())? {
+            if let Some(place) = left.get(&socket.cookie())
+                && place.peer == socket.peer()
+                && sockets::destroy(&socket)?
+            {
+                closed.push(place.backend);
+            }
         }
     }
     Ok(closed)

@@ -10,6 +10,8 @@ use netlink_packet_sock_diag::{
 use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 
 use super::netlink::Netlink;
+use crate::plan::Endpoint;
+use mesh_common::abi::Port;
 
 /// A TCP or UDP socket.
 #[derive(Clone, Debug)]
@@ -23,6 +25,11 @@ impl Socket {
     /// The kernel's number for it, never used again.
     pub fn cookie(&self) -> u64 {
         u64::from_ne_bytes(self.id.cookie)
+    }
+
+    /// What it is connected to.
+    pub fn peer(&self) -> Endpoint {
+        Endpoint { address: self.id.destination_address.into(), port: Port::new(self.id.destination_port) }
     }
 }
 

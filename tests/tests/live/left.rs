@@ -27,6 +27,7 @@ plain = socket.create_connection(PLAIN, 5); plain.recv(9)
 u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.connect((VIP, 81)); u.send(b"x"); u.recv(9)
 free = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); free.sendto(b"x", (VIP, 81)); free.recv(9)
 port = free.getsockname()[1]
+moved = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); moved.connect((VIP, 81)); moved.connect(ELSEWHERE)
 ask()
 t.settimeout(5)
 u.settimeout(5)
@@ -40,6 +41,7 @@ except OSError as error:
     print("udp", errno.errorcode[error.errno], flush=True)
 assert free.getsockname()[1] == port
 plain.send(b"still there")
+moved.settimeout(5); moved.send(b"x"); assert moved.recv(9) == b"elsewhere"
 t.close(); u.close(); free.close(); plain.close()
 print("rest untouched", flush=True)
 "#;
@@ -66,7 +68,12 @@ fn connected_sockets_to_a_removed_backend_are_closed_after_its_drain_time() {
     let services = service("t", 80, VIP, &[("127.0.0.1", tcp.port())])
         + &datagram_service("u", 81, VIP, &[("127.0.0.1", udp.port())]);
     let mesh = Mesh::start(&drained(&services));
-    let plain = format!("PLAIN = (\"127.0.0.1\", {})\n", tcp.port());
+    let elsewhere = Server::datagrams("elsewhere", "127.0.0.1:0");
+    let plain = format!(
+        "PLAIN = (\"127.0.0.1\", {})\nELSEWHERE = (\"127.0.0.1\", {})\n",
+        tcp.port(),
+        elsewhere.port()
+    );
     let mut client = mesh.dialogue(&(plain + CLIENT));
     assert_eq!(client.hear(), "at");
     mesh.write(&drained(&(service("t", 80, VIP, &[]) + &datagram_service("u", 81, VIP, &[]))));
