@@ -10,7 +10,7 @@ use std::{
     fs::{self, File, TryLockError},
     io,
     mem::offset_of,
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
 };
 
@@ -39,7 +39,7 @@ use crate::plan::{
 pub mod mounts;
 pub mod sys;
 
-use sys::{Grace, LinkInfo, PinnedLink, Words};
+use sys::{Grace, Link, LinkInfo, Words};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("MESH_BPF_OBJECT"));
 
@@ -86,6 +86,9 @@ fn map_error(name: &'static str) -> impl FnOnce(MapError) -> Error {
     move |source| Error::Map { name, source: Box::new(source) }
 }
 
+/// What the name of a folder of maps begins with; the version of their layout follows.
+const LAYOUT: &str = "abi-";
+
 /// The places below the pin folder.
 #[derive(Clone, Debug)]
 pub struct Pins(PathBuf);
@@ -111,7 +114,17 @@ impl Pins {
     }
 
     fn maps(&self) -> PathBuf {
-        self.0.join(format!("abi-{}", abi::VERSION))
+        self.0.join(format!("{LAYOUT}{}", abi::VERSION))
+    }
+
+    /// The folders of maps, of this and other versions.
+    fn layouts(&self) -> Result<Vec<PathBuf>> {
+        let what = || io_error(format!("cannot read {}", self.0.display()));
+        let entries =
+            fs::read_dir(&self.0).map_err(what())?.collect::<io::Result<Vec<_>>>().map_err(what())?;
+        let is_layout =
+            |entry: &fs::DirEntry| entry.file_name().as_encoded_bytes().starts_with(LAYOUT.as_bytes());
+        Ok(entries.iter().filter(|entry| is_layout(entry)).map(fs::DirEntry::path).collect())
     }
 
     fn map(&self, name: &str) -> PathBuf {
@@ -124,6 +137,19 @@ impl Pins {
 
     fn link(&self, program: &str) -> PathBuf {
         self.links().join(program)
+    }
+
+    /// Makes the folders, and takes the one writer's place.
+    fn make(&self) -> Result<File> {
+        let what = || format!("cannot make the pin folder {}", self.0.display());
+        mounts::ensure_bpffs(&self.0).map_err(io_error(what()))?;
+        fs::create_dir_all(&self.0).map_err(io_error(what()))?;
+        set_private(&self.0).map_err(io_error(what()))?;
+        let lock = self.lock()?;
+        for dir in [self.maps(), self.links()] {
+            fs::create_dir_all(dir).map_err(io_error(what()))?;
+        }
+        Ok(lock)
     }
 
     /// Takes the one writer's place for as long as the file is held, however the process ends.
@@ -139,7 +165,7 @@ impl Pins {
 
     /// What the kernel says of a program's link; `None` where it is not attached.
     pub fn link_info(&self, program: &str) -> Option<LinkInfo> {
-        let info = PinnedLink::open(&self.link(program)).and_then(|link| link.info());
+        let info = Link::open(&self.link(program)).and_then(|link| link.info());
         info.ok().filter(|info| info.cgroup != 0)
     }
 }
@@ -185,30 +211,24 @@ pub struct Datapath {
     ebpf: Ebpf,
     pins: Pins,
     cgroup: PathBuf,
-    _lock: File,
+    lock: File,
+    /// Held open, so that a program stays attached when its pin is taken away.
+    links: BTreeMap<&'static str, Link>,
 }
 
 impl Datapath {
     /// Adopts what is pinned, or makes it. Programs are loaded, but not yet attached.
     pub fn open(options: &Options) -> Result<Self> {
         let pins = Pins::new(&options.pin_dir);
-        let what = || format!("cannot make the pin folder {}", options.pin_dir.display());
-        mounts::ensure_bpffs(&options.pin_dir).map_err(io_error(what()))?;
-        fs::create_dir_all(&options.pin_dir).map_err(io_error(what()))?;
-        set_private(&options.pin_dir).map_err(io_error(what()))?;
-        let lock = pins.lock()?;
-        for dir in [pins.maps(), pins.links()] {
-            fs::create_dir_all(dir).map_err(io_error(what()))?;
-        }
-
+        let lock = pins.make()?;
         if !map::ALL.iter().all(|name| pins.map(name).exists()) {
             // A start that was cut short, or someone removed a pin: half a set is of no use.
-            unpin_maps(&pins)?;
+            unpin_maps(&pins.maps())?;
         }
         let mut ebpf = load(options, &pins)?;
         load_programs(&mut ebpf)?;
         let maps = Maps::open(&pins)?;
-        Ok(Self { maps, ebpf, pins, cgroup: options.cgroup.clone(), _lock: lock })
+        Ok(Self { maps, ebpf, pins, cgroup: options.cgroup.clone(), lock, links: BTreeMap::new() })
     }
 
     /// Puts the programs in place: into the pinned links, or into new ones where there are none.
@@ -220,20 +240,66 @@ impl Datapath {
             let pin = self.pins.link(name);
             let program = program(&mut self.ebpf, name);
             let error = |source| Error::Program { name, source: Box::new(source) };
-            let old = self.pins.link_info(name);
-            if old.is_some_and(|link| link.cgroup == cgroup_id) {
+            let old = Link::open(&pin).ok();
+            let is_here = |link: &Link| link.info().is_ok_and(|info| info.cgroup == cgroup_id);
+            if let Some(link) = old.filter(is_here) {
                 let fd = program.fd().map_err(error)?;
-                let updated = PinnedLink::open(&pin).and_then(|link| link.update(fd.as_fd()));
-                updated.map_err(io_error(format!("cannot replace program {name}")))?;
+                link.update(fd.as_fd()).map_err(io_error(format!("cannot replace program {name}")))?;
+                self.links.insert(name, link);
                 continue;
             }
             let link = attach(program, &cgroup).map_err(error)?;
-            let cannot_pin = format!("cannot pin {}", pin.display());
+            let cannot_pin = || io_error(format!("cannot pin {}", pin.display()));
             // The old link was for another cgroup, or its cgroup is gone.
             remove_file(&pin)?;
-            link.pin(&pin).map_err(io::Error::other).map_err(io_error(&cannot_pin))?;
+            link.pin(&pin).map_err(io::Error::other).map_err(cannot_pin())?;
+            self.links.insert(name, Link::open(&pin).map_err(cannot_pin())?);
+        }
+        // No program uses the maps of another version any more.
+        for layout in self.pins.layouts()?.iter().filter(|layout| **layout != self.pins.maps()) {
+            unpin_maps(layout)?;
+            // A folder that holds something else stays.
+            let _ = fs::remove_dir(layout);
         }
         Ok(())
+    }
+
+    /// Puts back what somebody took away: the pin folder, pins of maps and links, and programs that
+    /// are no longer attached. Returns what it was.
+    pub fn mend(&mut self) -> Result<Vec<String>> {
+        let mut mended = Vec::new();
+        let what = || format!("cannot look at {}", self.pins.dir().display());
+        let held = self.lock.metadata().map_err(io_error(what()))?;
+        if !fs::metadata(self.pins.dir()).is_ok_and(|dir| (dir.dev(), dir.ino()) == (held.dev(), held.ino()))
+        {
+            self.lock = self.pins.make()?;
+            mended.push(format!("the pin folder {}", self.pins.dir().display()));
+        }
+        for (name, map) in self.ebpf.maps() {
+            let pin = self.pins.map(name);
+            if map::ALL.contains(&name) && !pin.exists() {
+                map.pin(&pin)
+                    .map_err(io::Error::other)
+                    .map_err(io_error(format!("cannot pin map {name}")))?;
+                mended.push(format!("the pin of map {name}"));
+            }
+        }
+        let mut detached = false;
+        for (name, link) in &self.links {
+            let pin = self.pins.link(name);
+            let cannot = || io_error(format!("cannot pin program {name}"));
+            if link.info().map_err(cannot())?.cgroup == 0 {
+                detached = true;
+            } else if !pin.exists() {
+                link.pin(&pin).map_err(cannot())?;
+                mended.push(format!("the pin of program {name}"));
+            }
+        }
+        if detached {
+            self.attach()?;
+            mended.push("programs that were not attached any more".into());
+        }
+        Ok(mended)
     }
 
     pub fn pins(&self) -> &Pins {
@@ -514,8 +580,11 @@ pub fn cleanup(pins: &Pins) -> Result<Vec<PathBuf>> {
             removed.push(path);
         }
     }
-    removed.extend(unpin_maps(pins)?);
-    for dir in [pins.links(), pins.maps(), pins.0.clone()] {
+    let layouts = pins.layouts()?;
+    for layout in &layouts {
+        removed.extend(unpin_maps(layout)?);
+    }
+    for dir in layouts.into_iter().chain([pins.links(), pins.0.clone()]) {
         // A folder that holds something else stays.
         if fs::remove_dir(&dir).is_ok() {
             removed.push(dir);
@@ -628,9 +697,10 @@ fn entries(data: &MapData, name: &'static str) -> Result<u32> {
     Ok(data.info().map_err(map_error(name))?.max_entries())
 }
 
-fn unpin_maps(pins: &Pins) -> Result<Vec<PathBuf>> {
+/// Removes the maps of one layout.
+fn unpin_maps(layout: &Path) -> Result<Vec<PathBuf>> {
     let mut removed = Vec::new();
-    for path in map::ALL.iter().map(|name| pins.map(name)) {
+    for path in map::ALL.iter().map(|name| layout.join(name)) {
         if remove_file(&path)? {
             removed.push(path);
         }

@@ -12,7 +12,7 @@ use mesh_common::abi::Frontend;
 
 use crate::{
     catalog::{self, Catalog},
-    datapath::{Datapath, Error, Maps, PROGRAMS},
+    datapath::{Datapath, Error, Maps},
     model::{DRAIN, Protocol},
     plan::{self, Applied, Endpoint, Op},
     upkeep::Leaving,
@@ -134,11 +134,16 @@ impl Reconciler {
             && before.written.as_ref().is_some_and(|written| Arc::ptr_eq(written, catalog))
             && !self.weights_change();
         self.reclaim();
-        if known && self.in_place() {
+        let mended = if self.attached { self.datapath.mend() } else { Ok(Vec::new()) };
+        for mended in mended.iter().flatten() {
+            tracing::warn!("{mended} had been taken away, and was put back");
+        }
+        if known && self.attached && mended.is_ok() {
             return;
         }
         let mut report = before.clone();
-        let written = if known { Ok(before.refused.clone()) } else { self.write(catalog) };
+        let written =
+            mended.and_then(|_| if known { Ok(before.refused.clone()) } else { self.write(catalog) });
         match written.and_then(|refused| self.attach().map(|()| refused)) {
             Ok(refused) => {
                 for new in refused.iter().filter(|refused| !before.refused.contains(refused)) {
@@ -243,16 +248,8 @@ impl Reconciler {
         self.applied.write().expect("no writer panics").reclaim(|id| maps.load(id) == 0);
     }
 
-    fn in_place(&self) -> bool {
-        let pins = self.datapath.pins();
-        PROGRAMS.iter().all(|name| pins.link_info(name).is_some())
-    }
-
     fn attach(&mut self) -> Result<(), Error> {
-        if !self.attached || !self.in_place() {
-            if self.attached {
-                tracing::warn!("a program was not in place any more; attaching again");
-            }
+        if !self.attached {
             self.datapath.attach()?;
             self.attached = true;
         }

@@ -10,7 +10,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
-use mesh_tests::{binary, figure, is_long, text, wait_until};
+use mesh_tests::{binary, figure, text, wait_until};
 use tempfile::TempDir;
 
 /// What the guest needs besides what is built in.
@@ -169,7 +169,6 @@ fn command() -> String {
     // Python as such, not a program that looks for one: emulation is slow.
     let python = run_ok(Command::new("python3").args(["-c", "import sys; print(sys.executable)"]));
     let python = Path::new(python.trim()).parent().unwrap().to_owned();
-    let tests: Vec<_> = TESTS.iter().chain(MORE_TESTS.iter().filter(|_| is_long())).copied().collect();
     let skipped: Vec<_> = NOT_EMULATED.iter().map(|test| format!("--skip {test}")).collect();
     format!(
         "export PATH={}:/usr/sbin:/usr/bin:/sbin:/bin MESH_TEST_EMULATED=1; cd {}; {} check --pre; {} --color never --test-threads 2 {} {}",
@@ -178,7 +177,7 @@ fn command() -> String {
         binary().display(),
         live().display(),
         skipped.join(" "),
-        tests.join(" ")
+        TESTS.join(" ")
     )
 }
 

@@ -131,11 +131,12 @@ pub struct LinkInfo {
     pub cgroup: u64,
 }
 
-/// A cgroup link, opened from its pin.
+/// A cgroup link. It stays for as long as it is open here or pinned somewhere.
 #[derive(Debug)]
-pub struct PinnedLink(OwnedFd);
+pub struct Link(OwnedFd);
 
-impl PinnedLink {
+impl Link {
+    /// Opens a pinned one.
     pub fn open(path: &Path) -> io::Result<Self> {
         let path = CString::new(path.as_os_str().as_bytes())?;
         let mut attr = zeroed();
@@ -151,6 +152,15 @@ impl PinnedLink {
         attr.link_update.link_fd = raw(self.0.as_fd());
         attr.link_update.__bindgen_anon_1.new_prog_fd = raw(program);
         bpf(bpf_cmd::BPF_LINK_UPDATE, &mut attr).map(drop)
+    }
+
+    /// Pins it, once more or again.
+    pub fn pin(&self, path: &Path) -> io::Result<()> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let mut attr = zeroed();
+        attr.__bindgen_anon_4.pathname = path.as_ptr().addr() as u64;
+        attr.__bindgen_anon_4.bpf_fd = raw(self.0.as_fd());
+        bpf(bpf_cmd::BPF_OBJ_PIN, &mut attr).map(drop)
     }
 
     pub fn info(&self) -> io::Result<LinkInfo> {

@@ -208,16 +208,6 @@ fn a_configuration_without_registries_removes_nothing() {
 }
 
 #[test]
-fn a_lost_link_is_made_good_within_seconds() {
-    let server = Server::start("echo");
-    let mesh = Mesh::start(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
-    fs::remove_file(mesh.pin_dir.join("link/mesh_connect4")).unwrap();
-    assert!(is_refused(&dial(&mesh)), "the test took the program away");
-    wait_until("it is back", || dial(&mesh) == "echo");
-    mesh.ready();
-}
-
-#[test]
 fn vips_are_kept_over_restarts() {
     let mut mesh = Mesh::start(&(service("a", 80, "", &[]) + &service("b", 80, "", &[])));
     let before = mesh.json(&["service", "list"]);

@@ -16,3 +16,4 @@ mod policy;
 mod servers;
 mod sockets;
 mod thirdparty;
+mod watchdog;

@@ -1,0 +1,175 @@
+//! What others take away from a running daemon, and what an earlier version left.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Command, Output, Stdio},
+    thread::{self, JoinHandle},
+};
+
+use mesh_tests::{Mesh, server::Server, service, text, wait_until};
+
+const VIP: &str = "127.128.18.1";
+
+/// Connects that go on until the test says what must have happened meanwhile.
+struct Load(JoinHandle<Output>);
+
+impl Load {
+    fn start(mesh: &Mesh) -> Self {
+        let mut client = mesh.inside(env!("CARGO_BIN_EXE_client"));
+        client.args([&format!("{VIP}:80"), "2", "30000"]).stdout(Stdio::piped());
+        let client = client.spawn().unwrap();
+        Self(thread::spawn(|| client.wait_with_output().unwrap()))
+    }
+
+    fn runs(&self) -> bool {
+        !self.0.is_finished()
+    }
+
+    /// None may have failed.
+    fn end(self) {
+        let output = self.0.join().unwrap();
+        let lines = String::from_utf8(output.stdout).unwrap();
+        assert_eq!(lines.lines().count(), 30_000);
+        let failed: Vec<_> = lines.lines().filter(|line| !line.ends_with(" echo")).collect();
+        assert!(failed.is_empty(), "{} connects failed: {:?}", failed.len(), failed.first());
+    }
+}
+
+fn echo(server: &Server) -> String {
+    service("echo", 80, VIP, &[("127.0.0.1", server.port())])
+}
+
+fn dial(mesh: &Mesh) -> String {
+    mesh.python(&format!(
+        "import socket\ntry:\n    print(socket.create_connection(('{VIP}', 80), 5).recv(9).decode())\nexcept OSError as error:\n    print(error)"
+    ))
+}
+
+/// Everything that is pinned.
+fn pins(folder: &Path) -> Vec<String> {
+    let mut pins = Vec::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().unwrap().is_dir() {
+            pins.extend(self::pins(&entry.path()));
+        } else {
+            pins.push(entry.path().display().to_string());
+        }
+    }
+    pins.sort();
+    pins
+}
+
+#[test]
+fn pins_that_are_taken_away_are_put_back_and_no_connect_notices() {
+    let server = Server::start("echo");
+    let mut mesh = Mesh::start(&echo(&server));
+    let before = pins(&mesh.pin_dir);
+    assert!(before.len() > 20, "{before:?}");
+    let load = Load::start(&mesh);
+    let mut times = 0;
+    while load.runs() || times < 2 {
+        fs::remove_dir_all(&mesh.pin_dir).unwrap();
+        wait_until("everything is pinned again", || pins(&mesh.pin_dir) == before);
+        times += 1;
+    }
+    load.end();
+    // What was put back is what was there: the next start adopts it.
+    assert!(mesh.log().contains("had been taken away, and was put back"), "{}", mesh.log());
+    mesh.kill();
+    assert_eq!(dial(&mesh), "echo");
+    mesh.write("[[service]]\nname =");
+    mesh.launch();
+    wait_until("the API answers", || mesh.mesh(&["status"]).output().unwrap().status.success());
+    assert_eq!(dial(&mesh), "echo", "without a registry, from the maps alone");
+}
+
+#[test]
+fn a_program_that_somebody_detached_is_attached_again() {
+    let server = Server::start("echo");
+    let mesh = Mesh::start(&echo(&server));
+    for program in ["mesh_connect4", "mesh_sockops"] {
+        let link = mesh.pin_dir.join("link").join(program);
+        let info =
+            || mesh.bpf("programs").as_array().unwrap().iter().find(|row| row["name"] == program).cloned();
+        let before = info().unwrap()["link"].clone();
+        let detach = Command::new("bpftool").args(["link", "detach", "pinned"]).arg(&link).output().unwrap();
+        assert!(detach.status.success(), "{}", text(&detach));
+        wait_until("it is attached by another link", || {
+            info().is_some_and(|row| row["attached"] == true && row["link"] != before)
+        });
+    }
+    assert_eq!(dial(&mesh), "echo");
+    mesh.ready();
+}
+
+/// A BPF file system of the test's own.
+struct BpfMount(tempfile::TempDir);
+
+impl BpfMount {
+    fn new() -> Self {
+        let mount = Self(tempfile::TempDir::with_prefix("mesh-bpffs").unwrap());
+        mount.mount();
+        mount
+    }
+
+    fn mount(&self) {
+        assert!(
+            Command::new("mount").args(["-t", "bpf", "bpf"]).arg(self.0.path()).status().unwrap().success()
+        );
+    }
+
+    fn unmount(&self) -> bool {
+        let mut unmount = Command::new("umount");
+        unmount.arg("--lazy").arg(self.0.path()).stderr(Stdio::null());
+        unmount.status().is_ok_and(|status| status.success())
+    }
+}
+
+impl Drop for BpfMount {
+    fn drop(&mut self) {
+        while self.unmount() {}
+    }
+}
+
+#[test]
+fn a_bpf_file_system_that_is_unmounted_is_named_and_used_again_when_it_is_back() {
+    let server = Server::start("echo");
+    let bpffs = BpfMount::new();
+    let mut mesh = Mesh::prepare(&echo(&server));
+    mesh.pin_dir = bpffs.0.path().join("mesh");
+    mesh.configure("");
+    mesh.launch();
+    mesh.ready();
+    let before = pins(&mesh.pin_dir);
+    assert!(bpffs.unmount());
+    let problems = || String::from_utf8(mesh.mesh(&["status"]).output().unwrap().stdout).unwrap();
+    wait_until("it is named", || problems().contains("not on a BPF file system"));
+    assert_eq!(dial(&mesh), "echo", "programs and maps are held by the daemon");
+    bpffs.mount();
+    wait_until("everything is pinned again", || pins(&mesh.pin_dir) == before);
+    wait_until("no problem is left", || !problems().contains("not on a BPF file system"));
+    mesh.kill();
+    assert_eq!(dial(&mesh), "echo");
+    mesh.cleanup();
+}
+
+#[test]
+fn maps_of_another_version_are_replaced_without_a_failed_connect() {
+    let server = Server::start("echo");
+    let mut mesh = Mesh::start(&echo(&server));
+    let before = pins(&mesh.pin_dir);
+    let ours = mesh.map_pin("SLOTS").parent().unwrap().to_owned();
+    let load = Load::start(&mesh);
+    let mut times = 0;
+    while load.runs() || times < 2 {
+        mesh.kill();
+        // As if that daemon had another layout: what runs in the kernel has maps that are not ours.
+        fs::rename(&ours, mesh.pin_dir.join("abi-0")).unwrap();
+        mesh.launch();
+        mesh.ready();
+        assert_eq!(pins(&mesh.pin_dir), before, "nothing of it is left");
+        times += 1;
+    }
+    load.end();
+}
