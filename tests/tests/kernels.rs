@@ -19,7 +19,6 @@ const MODULES: [&str; 8] =
 
 /// Tests of the datapath. What is about the rest of the daemon does not depend on the kernel.
 const TESTS: [&str; 5] = ["connect::", "datagram::", "eject::", "left::", "policy::every_socket"];
-const MORE_TESTS: [&str; 4] = ["affinity::", "policy::", "daemon::", "kubernetes::"];
 
 /// These race with short times, which emulation cannot keep.
 const NOT_EMULATED: [&str; 2] =
