@@ -675,6 +675,39 @@ fn pinned(pins: &Pins, name: &'static str, key: usize, value: usize) -> Result<M
     Ok(data)
 }
 
+/// Programs of others that run for our hooks in a cgroup, by name and id. They are left alone.
+pub fn foreign_programs(pins: &Pins, cgroup: &Path) -> Result<Vec<(String, u32)>> {
+    use aya_obj::generated::bpf_attach_type::{
+        BPF_CGROUP_INET_SOCK_RELEASE, BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET4_GETPEERNAME,
+        BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_INET6_GETPEERNAME, BPF_CGROUP_SOCK_OPS, BPF_CGROUP_UDP4_RECVMSG,
+        BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_RECVMSG, BPF_CGROUP_UDP6_SENDMSG,
+    };
+    let what = || io_error(format!("cannot list the programs of {}", cgroup.display()));
+    let dir = File::open(cgroup).map_err(what())?;
+    let ours: Vec<_> =
+        PROGRAMS.iter().filter_map(|name| pins.link_info(name)).map(|link| link.program).collect();
+    let mut foreign = Vec::new();
+    for hook in [
+        BPF_CGROUP_INET4_CONNECT,
+        BPF_CGROUP_INET6_CONNECT,
+        BPF_CGROUP_INET4_GETPEERNAME,
+        BPF_CGROUP_INET6_GETPEERNAME,
+        BPF_CGROUP_UDP4_SENDMSG,
+        BPF_CGROUP_UDP6_SENDMSG,
+        BPF_CGROUP_UDP4_RECVMSG,
+        BPF_CGROUP_UDP6_RECVMSG,
+        BPF_CGROUP_INET_SOCK_RELEASE,
+        BPF_CGROUP_SOCK_OPS,
+    ] {
+        let ids = sys::programs_on(dir.as_fd(), hook).map_err(what())?;
+        for id in ids.into_iter().filter(|id| !ours.contains(id)) {
+            let name = program_info(id).and_then(|info| info.name_as_str().map(str::to_owned));
+            foreign.push((name.unwrap_or_default(), id));
+        }
+    }
+    Ok(foreign)
+}
+
 /// What the kernel says of a program, by its id.
 pub fn program_info(id: u32) -> Option<ProgramInfo> {
     aya::programs::loaded_programs().flatten().find(|program| program.id() == id)

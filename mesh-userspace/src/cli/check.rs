@@ -20,7 +20,7 @@ use super::{
 use crate::{
     api::{client, objects::Status},
     config::{self, Config},
-    datapath::{self, mounts},
+    datapath::{self, Pins, mounts},
     registry::{self, Sync},
 };
 
@@ -123,6 +123,7 @@ fn node(config: &Config, findings: &mut Vec<Finding>) {
             fail("cgroup2", error.to_string(), "mount cgroup2, or set node.cgroup to a directory of one")
         }
     });
+    findings.extend(config.node.cgroup().ok().and_then(|cgroup| others(config, &cgroup)));
     let pin_dir = &config.node.pin_dir;
     findings.push(if mounts::is_bpffs(pin_dir) {
         ok("bpffs", pin_dir.display().to_string())
@@ -139,6 +140,14 @@ fn node(config: &Config, findings: &mut Vec<Finding>) {
         "sandboxes",
         "tasks with a kernel of their own (gVisor, Kata, Firecracker) open no sockets in this one: they are not translated",
     ));
+}
+
+/// Programs of others at the same hooks: they see what ours have rewritten, or rewrite first.
+fn others(config: &Config, cgroup: &Path) -> Option<Finding> {
+    let foreign = datapath::foreign_programs(&Pins::new(&config.node.pin_dir), cgroup).ok()?;
+    let names: Vec<_> = foreign.iter().map(|(name, id)| format!("{name} (id {id})")).collect();
+    let text = format!("programs of others at the same hooks, which are left alone: {}", names.join(", "));
+    (!foreign.is_empty()).then(|| note("programs", text))
 }
 
 fn ports(config: &Config, running: bool, findings: &mut Vec<Finding>) {

@@ -14,7 +14,9 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use aya_obj::generated::{bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type};
+use aya_obj::generated::{
+    BPF_F_QUERY_EFFECTIVE, bpf_attach_type, bpf_attr, bpf_cmd, bpf_link_info, bpf_map_type,
+};
 
 /// An array map of words, mapped into memory: a store is one plain atomic store.
 #[derive(Debug)]
@@ -178,6 +180,22 @@ impl Link {
         };
         Ok(LinkInfo { id: info.id, program: info.prog_id, cgroup })
     }
+}
+
+/// Ids of the programs that run for a hook in a cgroup, attached there or above, by anyone.
+pub fn programs_on(cgroup: BorrowedFd<'_>, hook: bpf_attach_type) -> io::Result<Vec<u32>> {
+    const MOST: u32 = 64;
+    let mut ids = vec![0u32; MOST as usize];
+    let mut attr = zeroed();
+    attr.query.__bindgen_anon_1.target_fd = raw(cgroup);
+    attr.query.attach_type = hook as u32;
+    attr.query.query_flags = BPF_F_QUERY_EFFECTIVE;
+    attr.query.prog_ids = ids.as_mut_ptr().addr() as u64;
+    attr.query.__bindgen_anon_2.prog_cnt = MOST;
+    bpf(bpf_cmd::BPF_PROG_QUERY, &mut attr)?;
+    // SAFETY: a union of two integers, filled by the kernel.
+    ids.truncate(unsafe { attr.query.__bindgen_anon_2.prog_cnt } as usize);
+    Ok(ids)
 }
 
 fn raw(fd: BorrowedFd<'_>) -> u32 {

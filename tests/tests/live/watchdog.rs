@@ -7,7 +7,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use mesh_tests::{Mesh, server::Server, service, text, wait_until};
+use mesh_tests::{Dialogue, Mesh, binary, server::Server, service, text, wait_until};
 
 const VIP: &str = "127.128.18.1";
 
@@ -101,6 +101,35 @@ fn a_program_that_somebody_detached_is_attached_again() {
     }
     assert_eq!(dial(&mesh), "echo");
     mesh.ready();
+}
+
+#[test]
+fn programs_of_others_are_listed_and_left_alone() {
+    let server = Server::start("echo");
+    let mut mesh = Mesh::start(&echo(&server));
+    let object =
+        concat!(env!("CARGO_MANIFEST_DIR"), "/../target/bpf/bpfel-unknown-none/release/mesh-ebpf-bench");
+    let mut hooks = Command::new(env!("CARGO_BIN_EXE_hooks"));
+    hooks.arg(object).arg(&mesh.pin_dir).arg("empty").arg(&mesh.cgroup);
+    let mut hooks = Dialogue::start(hooks);
+    hooks.go_on();
+    hooks.hear();
+    let check = |mesh: &Mesh| {
+        text(&Command::new(binary()).args(["check", "--pre", "--config"]).arg(&mesh.config).output().unwrap())
+    };
+    let listed = |text: &str| text.contains("programs of others") && text.contains("empty_connect4 (id ");
+    let before = check(&mesh);
+    assert!(listed(&before) && !before.contains("mesh_connect4 (id "), "{before}");
+    assert_eq!(dial(&mesh), "echo");
+    // Neither the watchdog, nor a restart, nor a cleanup takes them away.
+    mesh.stop();
+    mesh.launch();
+    mesh.ready();
+    mesh.stop();
+    assert!(mesh.cleanup().status.success());
+    assert!(listed(&check(&mesh)), "{}", check(&mesh));
+    hooks.end();
+    wait_until("its own end takes them away", || !listed(&check(&mesh)));
 }
 
 /// A BPF file system of the test's own.
