@@ -270,7 +270,7 @@ pub struct Connection {
     /// whoever takes the socket off does it once.
     pub held: u64,
     pub origin: Origin,
-    /// [`PROBE`](Self::PROBE), and the sock_ops callbacks that this connect asked for.
+    /// [`PROBE`](Self::PROBE), [`DIALS`](Self::DIALS), and the sock_ops callbacks that were asked for.
     pub flags: u32,
     /// Makes it a line of the CPU's cache.
     zero: u64,
@@ -279,6 +279,9 @@ pub struct Connection {
 impl Connection {
     /// This connect asks whether an ejected backend works again.
     pub const PROBE: u32 = 1 << 31;
+
+    /// Its handshake has not begun: whatever begins later, a further subflow of MPTCP, is not it.
+    pub const DIALS: u32 = 1 << 30;
 
     #[inline(always)]
     pub const fn new(held: u32, origin: Origin, flags: u32) -> Self {
@@ -403,12 +406,14 @@ pub mod map {
 #[cfg(feature = "user")]
 #[expect(unsafe_code, reason = "aya's marker for types that may cross the border")]
 mod pod {
-    use super::{Backend, Frontend, Prefix};
+    use super::{Backend, Client, Frontend, Prefix};
 
     // SAFETY: repr(C), integer fields only, no padding (sizes asserted above), any bytes valid.
     unsafe impl aya::Pod for Frontend {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Backend {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Client {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Prefix {}
 }

@@ -65,7 +65,7 @@ fn translate<const V4: bool>(hook: &Hook<V4>) -> Result<Option<Note>, Outcome> {
     let Choice { origin, flags } = redirect(hook)?;
     let Some(place) = hook.connection_to_write() else { return Ok(None) };
     maps::add_load(origin.backend);
-    Ok(Some(Note { place, connection: Connection::new(origin.backend, origin, flags) }))
+    Ok(Some(Note { place, connection: Connection::new(origin.backend, origin, flags | Connection::DIALS) }))
 }
 
 /// Sends a call to a backend, and keeps nothing of it.
@@ -217,7 +217,9 @@ impl Service {
     fn draw(&self) -> Result<Choice, Outcome> {
         let count = self.word.count();
         let mut drawn = self.drawn(self.next(count))?;
-        if self.word.policy() == Policy::LeastConnections && count > 1 {
+        // Whoever is told that a backend is due must be the one to try it.
+        let settled = drawn.fitness == Fitness::Due || count == 1;
+        if self.word.policy() == Policy::LeastConnections && !settled {
             drawn = drawn.or_better(self.drawn(random_draw(count))?);
         }
         let (id, flags) = match drawn.fitness {

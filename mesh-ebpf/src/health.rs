@@ -9,7 +9,7 @@ use aya_ebpf::{
         BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_TCP_CLOSE,
         BPF_TCP_SYN_SENT,
     },
-    helpers::generated::{bpf_get_socket_cookie, bpf_ktime_get_ns},
+    helpers::generated::{bpf_get_socket_cookie, bpf_ktime_get_ns, bpf_skc_to_mptcp_sock},
     programs::SockOpsContext,
 };
 use mesh_common::{
@@ -29,7 +29,10 @@ const TRIES: u32 = 4;
 pub(crate) fn run(ctx: SockOpsContext) -> i32 {
     match ctx.op() {
         BPF_SOCK_OPS_TCP_CONNECT_CB => {
-            if let Some(connection) = connection(&ctx) {
+            if let Some(connection) = connection(&ctx)
+                && connection.flags & Connection::DIALS != 0
+            {
+                connection.flags &= !Connection::DIALS;
                 // What another program has asked for on this socket stays as it is.
                 let ours = CALLBACKS & !ctx.cb_flags();
                 connection.flags |= ours;
@@ -67,7 +70,15 @@ fn connection(ctx: &SockOpsContext) -> Option<&'static mut Connection> {
     if socket.is_null() {
         return None;
     }
-    sockets::connection(cookie, socket.cast()).filter(|connection| connection.held != 0)
+    // SAFETY: a plain helper call; null for a socket that is no subflow of an MPTCP socket.
+    let parent = unsafe { bpf_skc_to_mptcp_sock(socket.cast()) };
+    let connection = if parent.is_null() {
+        sockets::connection(cookie, socket.cast())?
+    } else {
+        // SAFETY: a value owned by the socket, which outlives the program.
+        unsafe { sockets::storage(&maps::ORIGIN, parent.cast(), 0).as_mut()? }
+    };
+    (connection.held != 0).then_some(connection)
 }
 
 #[inline(always)]

@@ -159,7 +159,8 @@ pub(crate) fn swap_health(backend: u32, old: HealthWord, new: HealthWord) -> boo
 #[inline(always)]
 pub(crate) fn take_ejection(service: u32, most: u32) -> bool {
     let Some(ejected) = EJECTED.get_ptr_mut(service) else { return false };
-    if fetch_add(ejected, 1) < u64::from(most) {
+    // Signed: for a moment, or after a crash, there may be one too few.
+    if fetch_add(ejected, 1).cast_signed() < i64::from(most) {
         return true;
     }
     add(ejected, u64::MAX);

@@ -66,7 +66,9 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
     };
     let datapath = Datapath::open(&options)?;
     if datapath.maps.sizes() != options.sizes {
-        tracing::warn!("the pinned maps keep their sizes; [datapath] takes effect after `mesh cleanup`");
+        tracing::warn!(
+            "what is in the maps does not fit into the sizes of [datapath]: they keep their sizes"
+        );
     }
     let vips = Vips::open(&config.node.state_dir, config.rules.vip_ranges.clone())
         .with_context(|| format!("cannot read the state in {}", config.node.state_dir.display()))?;

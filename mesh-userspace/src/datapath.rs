@@ -37,6 +37,7 @@ use crate::plan::{
 };
 
 pub mod mounts;
+mod resize;
 pub mod sys;
 
 use sys::{Grace, Link, LinkInfo, Words};
@@ -117,6 +118,15 @@ impl Pins {
         self.0.join(format!("{LAYOUT}{}", abi::VERSION))
     }
 
+    /// That there are maps of ours here.
+    fn check(&self) -> Result<()> {
+        if self.exist()? && is_complete(&self.maps()) {
+            Ok(())
+        } else {
+            Err(Error::NotPinned(self.0.clone()))
+        }
+    }
+
     /// The folders of maps, of this and other versions.
     fn layouts(&self) -> Result<Vec<PathBuf>> {
         let what = || io_error(format!("cannot read {}", self.0.display()));
@@ -127,8 +137,9 @@ impl Pins {
         Ok(entries.iter().filter(|entry| is_layout(entry)).map(fs::DirEntry::path).collect())
     }
 
-    fn map(&self, name: &str) -> PathBuf {
-        self.maps().join(name)
+    /// Where maps of other sizes are filled; not a layout.
+    fn resized(&self) -> PathBuf {
+        self.0.join("resized")
     }
 
     fn links(&self) -> PathBuf {
@@ -221,13 +232,23 @@ impl Datapath {
     pub fn open(options: &Options) -> Result<Self> {
         let pins = Pins::new(&options.pin_dir);
         let lock = pins.make()?;
-        if !map::ALL.iter().all(|name| pins.map(name).exists()) {
+        resize::settle(options, &pins, &lock)?;
+        if !is_complete(&pins.maps()) {
             // A start that was cut short, or someone removed a pin: half a set is of no use.
             unpin_maps(&pins.maps())?;
         }
-        let mut ebpf = load(options, &pins)?;
+        let old = is_complete(&pins.maps()).then(|| Maps::open(&pins)).transpose()?;
+        if let Some(old) = old.filter(|old| old.sizes != options.sizes && old.fit(options.sizes)) {
+            return resize::resize(options, pins, lock, &old);
+        }
+        Self::on(options, &pins.maps(), pins.clone(), lock)
+    }
+
+    /// On the maps in a folder, or on new ones there.
+    fn on(options: &Options, maps: &Path, pins: Pins, lock: File) -> Result<Self> {
+        let mut ebpf = load(options, maps)?;
         load_programs(&mut ebpf)?;
-        let maps = Maps::open(&pins)?;
+        let maps = Maps::open_in(maps)?;
         Ok(Self { maps, ebpf, pins, cgroup: options.cgroup.clone(), lock, links: BTreeMap::new() })
     }
 
@@ -275,8 +296,11 @@ impl Datapath {
             self.lock = self.pins.make()?;
             mended.push(format!("the pin folder {}", self.pins.dir().display()));
         }
+        for dir in [self.pins.maps(), self.pins.links()] {
+            fs::create_dir_all(dir).map_err(io_error(what()))?;
+        }
         for (name, map) in self.ebpf.maps() {
-            let pin = self.pins.map(name);
+            let pin = self.pins.maps().join(name);
             if map::ALL.contains(&name) && !pin.exists() {
                 map.pin(&pin)
                     .map_err(io::Error::other)
@@ -310,15 +334,20 @@ impl Datapath {
 impl Maps {
     /// Opens the pinned maps.
     pub fn open(pins: &Pins) -> Result<Self> {
-        let frontends = pinned(pins, map::FRONTENDS, size_of::<Frontend>(), size_of::<u32>())?;
-        let services = pinned(pins, map::SERVICES, size_of::<u32>(), size_of::<u64>())?;
-        let slots = pinned(pins, map::SLOTS, size_of::<u32>(), size_of::<u64>())?;
-        let backends = pinned(pins, map::BACKENDS, size_of::<u32>(), size_of::<Backend>())?;
-        let load = pinned(pins, map::LOAD, size_of::<u32>(), size_of::<u64>())?;
-        let settings = pinned(pins, map::SETTINGS, size_of::<u32>(), size_of::<Settings>())?;
-        let health = pinned(pins, map::HEALTH, size_of::<u32>(), size_of::<u64>())?;
-        let ejected = pinned(pins, map::EJECTED, size_of::<u32>(), size_of::<u64>())?;
-        pinned(pins, map::AFFINITY, size_of::<Client>(), size_of::<u64>())?;
+        pins.check()?;
+        Self::open_in(&pins.maps())
+    }
+
+    fn open_in(dir: &Path) -> Result<Self> {
+        let frontends = pinned(dir, map::FRONTENDS, size_of::<Frontend>(), size_of::<u32>())?;
+        let services = pinned(dir, map::SERVICES, size_of::<u32>(), size_of::<u64>())?;
+        let slots = pinned(dir, map::SLOTS, size_of::<u32>(), size_of::<u64>())?;
+        let backends = pinned(dir, map::BACKENDS, size_of::<u32>(), size_of::<Backend>())?;
+        let load = pinned(dir, map::LOAD, size_of::<u32>(), size_of::<u64>())?;
+        let settings = pinned(dir, map::SETTINGS, size_of::<u32>(), size_of::<Settings>())?;
+        let health = pinned(dir, map::HEALTH, size_of::<u32>(), size_of::<u64>())?;
+        let ejected = pinned(dir, map::EJECTED, size_of::<u32>(), size_of::<u64>())?;
+        pinned(dir, map::AFFINITY, size_of::<Client>(), size_of::<u64>())?;
         let sizes = Sizes {
             frontends: entries(&frontends, map::FRONTENDS)?,
             services: entries(&services, map::SERVICES)?,
@@ -392,13 +421,14 @@ impl Maps {
     /// Sets right how many backends of each service are ejected: a daemon may have ended between
     /// two of its writes.
     fn recount(&self, dump: &Dump) {
+        let counted: Vec<_> = (0..self.sizes.services).map(|id| self.ejected.load(id)).collect();
         let mut ejected = BTreeMap::<u32, u64>::new();
         for (id, backend) in &dump.backends {
             *ejected.entry(backend.service).or_default() += u64::from(self.health(*id).is_ejected());
         }
-        for id in 1..self.sizes.services {
-            let (counted, actual) = (self.ejected.load(id), ejected.get(&id).copied().unwrap_or(0));
-            self.ejected.add(id, actual.wrapping_sub(counted));
+        for (id, counted) in (0..).zip(counted) {
+            // One that has changed meanwhile is right, or will be set right another time.
+            self.ejected.replace(id, counted, ejected.get(&id).copied().unwrap_or(0));
         }
     }
 
@@ -425,6 +455,10 @@ impl Maps {
         match op {
             Op::PutBackend { id, service, endpoint, weight } => {
                 let backend = Backend::new(endpoint.address, endpoint.port, *service, *weight);
+                if !self.backends.get(id, 0).map_err(map_error(map::BACKENDS))?.in_use() {
+                    // A connect that failed at the last moment may have spoken of who had the id before.
+                    self.health.store(*id, 0);
+                }
                 self.backends.set(*id, backend, 0).map_err(map_error(map::BACKENDS))?;
             }
             Op::PutSlots { base, words, .. } => {
@@ -477,9 +511,9 @@ pub struct Sockets {
 
 impl Sockets {
     pub fn open(pins: &Pins) -> Result<Self> {
-        let cookies = pinned(pins, map::SOCKETS, size_of::<u32>(), size_of::<Cookies>())?;
-        let connections = pinned(pins, map::CONNECTIONS, size_of::<u32>(), size_of::<Connection>())?;
-        let load = pinned(pins, map::LOAD, size_of::<u32>(), size_of::<u64>())?;
+        let cookies = pinned(&pins.maps(), map::SOCKETS, size_of::<u32>(), size_of::<Cookies>())?;
+        let connections = pinned(&pins.maps(), map::CONNECTIONS, size_of::<u32>(), size_of::<Connection>())?;
+        let load = pinned(&pins.maps(), map::LOAD, size_of::<u32>(), size_of::<u64>())?;
         let backends = entries(&load, map::LOAD)?;
         Ok(Self {
             cookies: words(&cookies, map::SOCKETS, PLACES)?,
@@ -515,16 +549,23 @@ impl Sockets {
 
     /// Frees the place of a socket that is no more, unless it has been freed meanwhile.
     pub fn free(&self, place: Place) {
-        let held = place.index * CONNECTION_WORDS;
-        if self.cookies.load(place.index) == place.cookie && self.connections.replace(held, place.backend, 0)
-        {
-            if let Ok(backend) = u32::try_from(place.backend)
-                && backend != 0
-            {
-                self.load.add(backend, u64::MAX);
-            }
+        if self.take_off(place) {
             self.cookies.replace(place.index, place.cookie, 0);
         }
+    }
+
+    /// Takes a socket off the count that it is on; false if it has dialled or ended meanwhile.
+    pub fn take_off(&self, place: Place) -> bool {
+        let held = place.index * CONNECTION_WORDS;
+        let unchanged = self.cookies.load(place.index) == place.cookie
+            && self.connections.replace(held, place.backend, 0);
+        if let Ok(backend) = u32::try_from(place.backend)
+            && unchanged
+            && backend != 0
+        {
+            self.load.add(backend, u64::MAX);
+        }
+        unchanged
     }
 }
 
@@ -537,10 +578,10 @@ pub struct Stats {
 
 impl Stats {
     pub fn open(pins: &Pins) -> Result<Self> {
-        let data = pinned(pins, map::STATS, size_of::<u32>(), size_of::<u64>())?;
+        let data = pinned(&pins.maps(), map::STATS, size_of::<u32>(), size_of::<u64>())?;
         let outcomes = PerCpuArray::try_from(Map::PerCpuArray(data)).map_err(map_error(map::STATS))?;
-        let load = pinned(pins, map::LOAD, size_of::<u32>(), size_of::<u64>())?;
-        let health = pinned(pins, map::HEALTH, size_of::<u32>(), size_of::<u64>())?;
+        let load = pinned(&pins.maps(), map::LOAD, size_of::<u32>(), size_of::<u64>())?;
+        let health = pinned(&pins.maps(), map::HEALTH, size_of::<u32>(), size_of::<u64>())?;
         let len = entries(&load, map::LOAD)?;
         let (load, health) = (words(&load, map::LOAD, len)?, words(&health, map::HEALTH, len)?);
         Ok(Self { outcomes, load, health })
@@ -584,7 +625,8 @@ pub fn cleanup(pins: &Pins) -> Result<Vec<PathBuf>> {
     for layout in &layouts {
         removed.extend(unpin_maps(layout)?);
     }
-    for dir in layouts.into_iter().chain([pins.links(), pins.0.clone()]) {
+    removed.extend(unpin_maps(&pins.resized())?);
+    for dir in layouts.into_iter().chain([pins.resized(), pins.links(), pins.0.clone()]) {
         // A folder that holds something else stays.
         if fs::remove_dir(&dir).is_ok() {
             removed.push(dir);
@@ -636,8 +678,8 @@ fn attach(program: &mut Program, cgroup: &File) -> std::result::Result<FdLink, P
     Ok(link.expect("Linux 5.7 and later attach by links"))
 }
 
-fn load(options: &Options, pins: &Pins) -> Result<Ebpf> {
-    let paths = map::ALL.map(|name| (name, pins.map(name)));
+fn load(options: &Options, maps: &Path) -> Result<Ebpf> {
+    let paths = map::ALL.map(|name| (name, maps.join(name)));
     let sizes = options.sizes;
     let mut loader = EbpfLoader::new();
     loader
@@ -662,11 +704,8 @@ fn program<'a>(ebpf: &'a mut Ebpf, name: &str) -> &'a mut Program {
     ebpf.program_mut(name).expect("the object holds every program")
 }
 
-fn pinned(pins: &Pins, name: &'static str, key: usize, value: usize) -> Result<MapData> {
-    let path = pins.map(name);
-    if !pins.exist()? || !path.exists() {
-        return Err(Error::NotPinned(pins.0.clone()));
-    }
+fn pinned(dir: &Path, name: &'static str, key: usize, value: usize) -> Result<MapData> {
+    let path = dir.join(name);
     let data = MapData::from_pin(&path).map_err(map_error(name))?;
     let info = data.info().map_err(map_error(name))?;
     if (info.key_size() as usize, info.value_size() as usize) != (key, value) {
@@ -716,7 +755,7 @@ pub fn program_info(id: u32) -> Option<ProgramInfo> {
 /// What the kernel says of each pinned map.
 pub fn pinned_maps(pins: &Pins) -> Result<Vec<(&'static str, MapInfo)>> {
     let info = |name| {
-        let data = MapData::from_pin(pins.map(name)).map_err(map_error(name))?;
+        let data = MapData::from_pin(pins.maps().join(name)).map_err(map_error(name))?;
         Ok((name, data.info().map_err(map_error(name))?))
     };
     map::ALL.into_iter().map(info).collect()
@@ -728,6 +767,11 @@ fn words(data: &MapData, name: &str, len: u32) -> Result<Words> {
 
 fn entries(data: &MapData, name: &'static str) -> Result<u32> {
     Ok(data.info().map_err(map_error(name))?.max_entries())
+}
+
+/// Whether a folder holds every map.
+fn is_complete(maps: &Path) -> bool {
+    map::ALL.iter().all(|name| maps.join(name).exists())
 }
 
 /// Removes the maps of one layout.

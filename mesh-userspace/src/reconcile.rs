@@ -141,10 +141,12 @@ impl Reconciler {
         if known && self.attached && mended.is_ok() {
             return;
         }
+        let mended = mended.map(drop);
         let mut report = before.clone();
-        let written =
-            mended.and_then(|_| if known { Ok(before.refused.clone()) } else { self.write(catalog) });
-        match written.and_then(|refused| self.attach().map(|()| refused)) {
+        // A registry's news are written also where something cannot be put back.
+        let written = if known { Ok(before.refused.clone()) } else { self.write(catalog) };
+        let in_place = mended.and_then(|()| self.attach());
+        match written.and_then(|refused| in_place.map(|()| refused)) {
             Ok(refused) => {
                 for new in refused.iter().filter(|refused| !before.refused.contains(refused)) {
                     tracing::error!("{new}");

@@ -47,9 +47,9 @@ pub struct Upkeep {
     /// one's, so it is no use to remember those.
     pids: BTreeSet<u32>,
     looks: u32,
-    /// Places whose sockets were not to be found at the last audit.
-    missing: Vec<Place>,
-    warned: bool,
+    /// Places that did not fit their sockets at the last audit.
+    suspects: Vec<Place>,
+    warned: BTreeSet<&'static str>,
 }
 
 impl Upkeep {
@@ -68,8 +68,8 @@ impl Upkeep {
             leaving: BTreeMap::new(),
             pids: BTreeSet::new(),
             looks: 0,
-            missing: Vec::new(),
-            warned: false,
+            suspects: Vec::new(),
+            warned: BTreeSet::new(),
         })
     }
 
@@ -85,7 +85,7 @@ impl Upkeep {
             if audit <= Instant::now() {
                 let result = self.audit();
                 self.report("cannot compare the counts with the sockets", result);
-                audit = Instant::now() + if self.missing.is_empty() { AUDIT } else { PERIOD };
+                audit = Instant::now() + if self.suspects.is_empty() { AUDIT } else { PERIOD };
             }
             let result = self.close();
             self.report("cannot close sockets that are left behind", result);
@@ -122,39 +122,49 @@ impl Upkeep {
         if due.is_empty() {
             return Ok(());
         }
-        // Looked at again, until none of its sockets is found any more.
-        let ids: HashSet<_> = due.iter().map(|leaving| u64::from(leaving.backend)).collect();
-        let mut left: HashMap<_, _> = HashMap::new();
-        for place in self.sockets.taken().iter().filter(|place| ids.contains(&place.backend)) {
-            left.insert(place.cookie, *place);
-        }
-        for leaving in &due {
-            let held = left.values().any(|place| place.backend == u64::from(leaving.backend));
-            if !held || self.is_back(leaving) {
-                left.retain(|_, place| place.backend != u64::from(leaving.backend));
+        // Looked at before it is asked whose the ids are: they may be another backend's soon.
+        let places = self.sockets.taken();
+        let mut left = HashMap::new();
+        for leaving in due {
+            let is_left = |place: &&Place| {
+                let was = leaving.was.map_or(place.peer, |(_, endpoint)| endpoint);
+                place.backend == u64::from(leaving.backend) && place.peer == was
+            };
+            let held: Vec<_> = places.iter().filter(is_left).collect();
+            if held.is_empty() || self.is_taken(leaving.backend) || self.is_back(&leaving) {
                 self.leaving.remove(&leaving.backend);
+                continue;
             }
+            left.extend(held.into_iter().map(|place| (place.cookie, *place)));
+            // Looked at again, until none of its sockets is found any more.
+            self.leaving.insert(leaving.backend, Leaving { due: now + PERIOD, ..leaving });
         }
         if left.is_empty() {
             return Ok(());
         }
-        let mut found = HashSet::new();
+        let mut found = Vec::new();
+        let mut result = Ok(());
         for namespace in netns::all()? {
-            let closed = namespace.run(|| close(&left))?;
-            if !closed.is_empty() {
-                let count = closed.len();
-                tracing::info!("closed {count} sockets that were left behind on backends that are gone");
-            }
-            found.extend(closed);
-        }
-        for leaving in due {
-            if found.contains(&u64::from(leaving.backend)) {
-                self.leaving.insert(leaving.backend, Leaving { due: now + PERIOD, ..leaving });
-            } else {
-                self.leaving.remove(&leaving.backend);
+            // What does not work in one may work in the next.
+            match namespace.run(|| close(&left)) {
+                Ok(closed) => found.extend(closed),
+                Err(error) => result = Err(error),
             }
         }
-        Ok(())
+        if !found.is_empty() {
+            tracing::info!("closed {} sockets that were left behind on backends that are gone", found.len());
+        }
+        if result.is_ok() {
+            let closed = |id: &u32| found.iter().any(|place| place.backend == u64::from(*id));
+            let ids: HashSet<_> = left.values().map(|place| place.backend).collect();
+            self.leaving.retain(|id, _| closed(id) || !ids.contains(&u64::from(*id)));
+        }
+        result
+    }
+
+    /// Whether a backend's id is another one's by now, or nobody's.
+    fn is_taken(&self, id: u32) -> bool {
+        !self.applied.read().expect("no writer panics").resting().any(|resting| resting == id)
     }
 
     /// Whether a service has this backend again, under another id.
@@ -163,46 +173,67 @@ impl Upkeep {
         leaving.was.is_some_and(|(protocol, endpoint)| applied.has(protocol.number(), &endpoint))
     }
 
-    /// Frees the places of sockets that are not in any namespace, twice in a row: their end came
-    /// while no program was there to see it.
+    /// Sets right, once it is seen twice in a row, what no program was there to see: the places of
+    /// sockets that are in no namespace are freed, and sockets that have dialled something else
+    /// are taken off the count.
     fn audit(&mut self) -> io::Result<()> {
-        let places = self.sockets.taken();
-        if places.is_empty() {
-            self.missing.clear();
-            return Ok(());
+        let (again, new): (Vec<_>, Vec<_>) =
+            self.wrong()?.into_iter().partition(|(place, _)| self.suspects.contains(place));
+        if !again.is_empty() {
+            // Once more, right before: a socket may have dialled meanwhile.
+            let wrong = self.wrong()?;
+            for (place, is_alive) in again.into_iter().filter(|suspect| wrong.contains(suspect)) {
+                if is_alive {
+                    self.sockets.take_off(place);
+                } else {
+                    self.sockets.free(place);
+                }
+            }
         }
-        let mut alive = HashSet::new();
-        for namespace in netns::all()? {
-            alive.extend(namespace.run(cookies)?);
-        }
-        let missing = places.into_iter().filter(|place| !alive.contains(&place.cookie));
-        let (again, new): (Vec<_>, Vec<_>) = missing.partition(|place| self.missing.contains(place));
-        again.into_iter().for_each(|place| self.sockets.free(place));
-        self.missing = new;
+        self.suspects = new.into_iter().map(|(place, _)| place).collect();
         Ok(())
     }
 
+    /// Places that do not fit their sockets, and whether these are alive.
+    fn wrong(&self) -> io::Result<Vec<(Place, bool)>> {
+        let places = self.sockets.taken();
+        if places.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut alive = HashMap::new();
+        for namespace in netns::all()? {
+            alive.extend(namespace.run(peers)?);
+        }
+        let look = |place: Place| match alive.get(&place.cookie) {
+            None => Some((place, false)),
+            Some(peer) => (place.backend != 0 && *peer != place.peer).then_some((place, true)),
+        };
+        Ok(places.into_iter().filter_map(look).collect())
+    }
+
     /// Says once that something does not work here.
-    fn report(&mut self, what: &str, result: io::Result<()>) {
+    fn report(&mut self, what: &'static str, result: io::Result<()>) {
         if let Err(error) = result
-            && !std::mem::replace(&mut self.warned, true)
+            && self.warned.insert(what)
         {
             tracing::warn!("{what}: {error}");
         }
     }
 }
 
-fn cookies() -> io::Result<Vec<u64>> {
-    let mut cookies = Vec::new();
+/// The sockets in the namespace of the calling thread, by their cookies, and their peers.
+fn peers() -> io::Result<HashMap<u64, Endpoint>> {
+    let mut peers = HashMap::new();
     for protocol in [Protocol::Tcp, Protocol::Udp] {
-        cookies.extend(sockets::list(protocol.number())?.iter().map(sockets::Socket::cookie));
+        let sockets = sockets::list(protocol.number())?;
+        peers.extend(sockets.iter().map(|socket| (socket.cookie(), socket.peer())));
     }
-    Ok(cookies)
+    Ok(peers)
 }
 
 /// Closes those of these sockets that are in the namespace of the calling thread, but none that
-/// has dialled something else since; returns their backends.
-fn close(left: &HashMap<u64, Place>) -> io::Result<Vec<u64>> {
+/// has dialled something else since.
+fn close(left: &HashMap<u64, Place>) -> io::Result<Vec<Place>> {
     let mut closed = Vec::new();
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         for socket in sockets::list(protocol.number())? {
@@ -210,7 +241,7 @@ fn close(left: &HashMap<u64, Place>) -> io::Result<Vec<u64>> {
                 && place.peer == socket.peer()
                 && sockets::destroy(&socket)?
             {
-                closed.push(place.backend);
+                closed.push(*place);
             }
         }
     }

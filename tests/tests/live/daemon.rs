@@ -1,8 +1,11 @@
 //! Starting, stopping, dying, and standing beside others.
 
-use std::{fs, process::Command};
+use std::{
+    fs,
+    process::{Command, Stdio},
+};
 
-use mesh_tests::{Mesh, binary, server::Server, service, text, wait_until};
+use mesh_tests::{Mesh, binary, figure, server::Server, service, text, wait_until};
 use serde_json::Value;
 
 const VIP: &str = "127.128.3.1";
@@ -185,6 +188,81 @@ fn a_start_that_fails_does_not_swap_in_programs_that_know_nothing() {
     mesh.launch();
     mesh.ready();
     assert_eq!(dial(&mesh), "echo");
+}
+
+/// Sizes come and go, also with a daemon that dies on the way, while connects go on.
+#[test]
+fn sizes_change_without_a_failed_connect_and_without_forgetting_a_socket() {
+    let server = Server::start("echo");
+    let filler: String = (0..20).map(|n| service(&format!("s{n}"), 80, "", &[("10.0.0.1", 80)])).collect();
+    let text = service("echo", 80, VIP, &[("127.0.0.1", server.port())]) + &filler;
+    let mut mesh = Mesh::prepare(&text);
+    let sizes = |n: u32| format!("[datapath]\nmax_services = {n}\nmax_backends = {n}\n");
+    mesh.configure(&sizes(50));
+    mesh.launch();
+    mesh.ready();
+    let program = format!(
+        r#"
+import socket, sys
+held = [socket.create_connection(("{VIP}", 80), 5) for _ in range(9)]
+print("held", flush=True)
+sys.stdin.readline()
+print(all(s.getpeername() == ("{VIP}", 80) for s in held), flush=True)
+sys.stdin.readline()
+"#
+    );
+    let mut holder = mesh.dialogue(&program);
+    assert_eq!(holder.hear(), "held");
+    let mut client = mesh.inside(env!("CARGO_BIN_EXE_client"));
+    client.args([&format!("{VIP}:80"), "2", "40000"]).stdout(Stdio::piped());
+    let client = client.spawn().unwrap();
+    let client = std::thread::spawn(|| client.wait_with_output().unwrap());
+    let max = |mesh: &Mesh| {
+        let maps = mesh.json(&["status"])["maps"].clone();
+        maps.as_array().unwrap().iter().find(|map| map["name"] == "BACKENDS").unwrap()["max"]
+            .as_u64()
+            .unwrap()
+    };
+    let mut changes = 0;
+    while !client.is_finished() || changes < 4 {
+        let size = if changes % 2 == 0 { 3000 } else { 50 };
+        mesh.configure(&sizes(size));
+        mesh.kill();
+        mesh.launch();
+        if changes % 4 > 1 {
+            // Dies at some point of its start, and starts once more.
+            std::thread::sleep(std::time::Duration::from_millis(3 * changes % 80));
+            mesh.kill();
+            mesh.launch();
+        }
+        mesh.ready();
+        assert_eq!(max(&mesh), u64::from(size));
+        changes += 1;
+    }
+    let answers = String::from_utf8(client.join().unwrap().stdout).unwrap();
+    let failed = answers.lines().filter(|line| !line.ends_with(" echo")).count();
+    figure(&format!(
+        "{} connects while sizes changed {changes} times, {failed} failed",
+        answers.lines().count()
+    ));
+    assert_eq!((answers.lines().count(), failed), (40_000, 0));
+    holder.go_on();
+    assert_eq!(holder.hear(), "True");
+    let active = || {
+        let list = mesh.json(&["backend", "list"]);
+        let echo = list.as_array().unwrap().iter().find(|backend| backend["service"] == "echo").unwrap();
+        echo["connections"]["active"].as_u64().unwrap()
+    };
+    assert_eq!(active(), 9, "nothing is counted twice or lost");
+    holder.end();
+    wait_until("all are released", || active() == 0);
+
+    // What would not fit keeps the maps as they are.
+    mesh.configure(&sizes(10));
+    mesh.kill();
+    mesh.launch();
+    mesh.ready();
+    assert!(max(&mesh) > 10 && mesh.log().contains("keep their sizes"), "{}", mesh.log());
 }
 
 #[test]

@@ -52,6 +52,29 @@ fn a_backend_is_avoided_after_so_many_failures_in_a_row() {
 }
 
 #[test]
+fn refused_mptcp_sockets_count_as_well_and_are_taken_off_the_count() {
+    let servers = [Server::start("a"), Server::start("b")];
+    let eject = r#"eject = { failures = 2, base = "60s" }"#;
+    let mesh = Mesh::start(&services(&servers, &[free_address()], eject));
+    let program = format!(
+        r#"
+import socket, sys
+sockets = [socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262) for _ in range(100)]
+print(sum(s.connect_ex(("{VIP}", 80)) != 0 for s in sockets), flush=True)
+sys.stdin.readline()
+"#
+    );
+    let mut client = mesh.dialogue(&program);
+    assert_eq!(client.hear(), "2");
+    assert_eq!(ejected(&mesh), 1);
+    let list = mesh.json(&["backend", "list"]);
+    let active =
+        list.as_array().unwrap().iter().map(|backend| backend["connections"]["active"].as_u64().unwrap());
+    assert_eq!(active.sum::<u64>(), 98, "those that were refused are on no count, though they are open");
+    client.end();
+}
+
+#[test]
 fn every_policy_avoids_an_ejected_backend() {
     for policy in ["least-connections", "round-robin", "maglev", "random"] {
         let servers = [Server::start("a"), Server::start("b")];

@@ -178,6 +178,66 @@ fn a_backend_that_comes_back_in_time_keeps_its_sockets() {
     client.end();
 }
 
+#[test]
+fn a_backend_that_gets_the_id_of_one_that_left_keeps_its_sockets() {
+    let (first, second) = (keeper("127.0.0.1:0"), keeper("127.0.0.1:0"));
+    let text = |instances: &[(&str, u16)]| {
+        service("t", 80, VIP, instances).replace("policy", "drain = \"2s\"\npolicy")
+    };
+    let mesh = Mesh::start(&text(&[("127.0.0.1", first.port())]));
+    let id = || mesh.json(&["backend", "list"])[0]["id"].clone();
+    let frontend = format!("{VIP}:80");
+    let before = id();
+    mesh.write(&text(&[]));
+    mesh.wait_for_backends(&frontend, 0);
+    mesh.write(&text(&[("127.0.0.1", second.port())]));
+    mesh.wait_for_backends(&frontend, 1);
+    assert_eq!(id(), before, "it has the id of the one before");
+    let program = format!(
+        "import socket, sys\ns = socket.create_connection((\"{VIP}\", 80), 5)\ns.recv(9)\nprint(\"up\", flush=True)\n\
+         sys.stdin.readline()\ns.setblocking(False)\ntry:\n    s.recv(9)\nexcept BlockingIOError:\n    print(\"open\", flush=True)"
+    );
+    let mut client = mesh.dialogue(&program);
+    assert_eq!(client.hear(), "up");
+    std::thread::sleep(std::time::Duration::from_millis(3500));
+    client.go_on();
+    assert_eq!(client.hear(), "open");
+    client.end();
+}
+
+#[test]
+fn a_socket_that_dialled_something_else_is_taken_off_the_count() {
+    let (udp, elsewhere) = (Server::datagrams("x", "127.0.0.1:0"), Server::datagrams("y", "127.0.0.1:0"));
+    let mut mesh = Mesh::start(&datagram_service("u", 81, VIP, &[("127.0.0.1", udp.port())]));
+    let program = format!(
+        r#"
+import socket, sys
+kept, moved = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2)]
+kept.connect(("{VIP}", 81))
+moved.connect(("{VIP}", 81))
+moved.connect(("127.0.0.1", {}))
+print("up", flush=True)
+sys.stdin.readline()
+assert kept.getpeername() == ("{VIP}", 81)
+print("kept", flush=True)
+sys.stdin.readline()
+"#,
+        elsewhere.port()
+    );
+    let mut client = mesh.dialogue(&program);
+    assert_eq!(client.hear(), "up");
+    // A start begins with a look at all sockets.
+    mesh.stop();
+    mesh.launch();
+    mesh.ready();
+    let active = || mesh.json(&["backend", "list"])[0]["connections"]["active"].clone();
+    wait_until("only one is counted", || active() == 1);
+    client.go_on();
+    assert_eq!(client.hear(), "kept");
+    client.end();
+    wait_until("none is", || active() == 0);
+}
+
 /// What a socket outside the hooks, or of a kind that has none, gets for a VIP: an error, at once.
 const PROBES: &str = r#"
 import errno, socket, struct
