@@ -183,14 +183,17 @@ impl Reconciler {
                 warming: &self.warming,
             });
             let plan = plan::plan(&desired, &self.applied.read().expect("no writer panics"), catalog.prune());
-            let leaving = self.leaving(&plan.ops);
+            let mut leaving = self.leaving(&plan.ops).into_iter().peekable();
             for op in &plan.ops {
                 self.datapath.maps.write(op)?;
                 self.applied.write().expect("no writer panics").apply(op);
-            }
-            for leaving in leaving {
-                // Without anybody to tell, the daemon is about to end.
-                let _ = self.leaving.send(leaving);
+                // One after the other: what comes after may fail.
+                let is_its =
+                    |leaving: &Leaving| matches!(op, Op::DeleteBackend { id, .. } if *id == leaving.backend);
+                if let Some(leaving) = leaving.next_if(is_its) {
+                    // Without anybody to tell, the daemon is about to end.
+                    let _ = self.leaving.send(leaving);
+                }
             }
             self.reclaim();
             if plan.refused.is_empty() || plan.ops.is_empty() {

@@ -58,6 +58,9 @@ fn long(mut tests: Command) -> anyhow::Result<()> {
         if let Some(figure) = line.strip_prefix(FIGURE) {
             figures.push(format!("- {figure}"));
         }
+        if let Some(name) = line.strip_prefix("test ").and_then(|line| line.strip_suffix(" ... FAILED")) {
+            figures.push(format!("- **failed: {name}**"));
+        }
         if line.starts_with("test result: ") && !line.contains(" 0 passed") {
             results = line;
         }

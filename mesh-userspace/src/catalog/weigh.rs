@@ -53,7 +53,7 @@ fn usable(service: &Service, instances: &[Seen<'_>]) -> &'static [Health] {
 
 /// Leaves others only what the node's own zone cannot take.
 fn prefer(instances: &[Seen<'_>], shares: &mut [f64], is_local: impl Fn(&Seen<'_>) -> bool) {
-    let (mut all, mut working, mut others) = (0.0, 0.0, 0.0);
+    let (mut all, mut able, mut working, mut others) = (0.0, 0.0, 0.0, 0.0);
     for (seen, share) in instances.iter().zip(shares.iter()) {
         if !is_local(seen) {
             others += share;
@@ -62,14 +62,16 @@ fn prefer(instances: &[Seen<'_>], shares: &mut [f64], is_local: impl Fn(&Seen<'_
         if seen.instance.health != Health::Draining {
             all += f64::from(seen.instance.weight);
         }
-        if !seen.ejected {
+        if !seen.ejected && *share > 0.0 {
+            // Also while it warms up: a zone that grows can take no less than before.
+            able += f64::from(seen.instance.weight);
             working += share;
         }
     }
     if all == 0.0 || others == 0.0 {
         return;
     }
-    let part = (working / all / ZONE_SUFFICES).min(1.0);
+    let part = (able / all / ZONE_SUFFICES).min(1.0);
     if part == 0.0 {
         return;
     }
@@ -151,6 +153,16 @@ mod tests {
         // The ejected one keeps its weight: the kernel avoids it, and tries it again.
         assert_eq!(shares(0, &[healthy("a"), healthy("b")], &[0]), [50.0, 50.0]);
         assert_eq!(shares(0, &[healthy("a"), healthy("a"), healthy("b")], &[0]), [41.0, 41.0, 18.0]);
+    }
+
+    #[test]
+    fn a_zone_that_grows_keeps_its_clients() {
+        let service = service("x", 80, None, &[]);
+        let instances = ["a", "a", "b"].map(|zone| instance(zone, Healthy, 100));
+        let warmth = [1.0, 0.1, 1.0];
+        let seen = |(instance, warmth)| Seen { instance, ejected: false, warmth };
+        let seen: Vec<_> = instances.iter().zip(warmth).map(seen).collect();
+        assert_eq!(weights(&service, &seen, Some("a")), [65_535, 6554, 0]);
     }
 
     #[test]
