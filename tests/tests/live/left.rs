@@ -263,18 +263,18 @@ def probe(name, make, act):
 for family, vip in ((socket.AF_INET, "127.128.13.1"), (socket.AF_INET6, "fd00:6d65:7368::1")):
     icmp = socket.IPPROTO_ICMP if family == socket.AF_INET else socket.IPPROTO_ICMPV6
     echo = struct.pack("!BBHHH", 8 if family == socket.AF_INET else 128, 0, 0, 1, 1)
-    probe("udplite", lambda: socket.socket(family, socket.SOCK_DGRAM, UDPLITE), lambda s: s.connect((vip, 80)))
-    probe("udplite-sendto", lambda: socket.socket(family, socket.SOCK_DGRAM, UDPLITE), lambda s: s.sendto(b"x", (vip, 80)))
+    probe("udplite", lambda: socket.socket(family, socket.SOCK_DGRAM, UDPLITE), lambda s: s.connect((vip, PORT)))
+    probe("udplite-sendto", lambda: socket.socket(family, socket.SOCK_DGRAM, UDPLITE), lambda s: s.sendto(b"x", (vip, PORT)))
     probe("raw", lambda: socket.socket(family, socket.SOCK_RAW, icmp), lambda s: s.sendto(echo, (vip, 0)))
     if OUTSIDE:
-        probe("tcp", lambda: socket.socket(family), lambda s: s.connect((vip, 80)))
-        probe("udp", lambda: socket.socket(family, socket.SOCK_DGRAM), lambda s: s.sendto(b"x", (vip, 80)))
+        probe("tcp", lambda: socket.socket(family), lambda s: s.connect((vip, PORT)))
+        probe("udp", lambda: socket.socket(family, socket.SOCK_DGRAM), lambda s: s.sendto(b"x", (vip, PORT)))
 "#;
 
 #[test]
 fn what_cannot_be_translated_fails_at_once_and_locally() {
     // Somebody listens on all addresses.
-    let _everywhere = Server::start_at("everywhere", "0.0.0.0:0");
+    let everywhere = Server::start_at("everywhere", "0.0.0.0:0");
     let server = Server::start("echo");
     let mut mesh = Mesh::start(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
     let refused = |output: std::process::Output| {
@@ -284,10 +284,11 @@ fn what_cannot_be_translated_fails_at_once_and_locally() {
         let errors = ["EHOSTUNREACH", "ENETUNREACH", "ECONNREFUSED"];
         lines.lines().all(|line| errors.iter().any(|error| line.ends_with(error)))
     };
-    let probes = |outside: &str| format!("OUTSIDE = {outside}\n{PROBES}");
+    let probes = |outside: &str| format!("OUTSIDE, PORT = {outside}, {}\n{PROBES}", everywhere.port());
     wait_until("outside the cgroup", || {
         refused(Command::new("python3").args(["-c", &probes("True")]).output().unwrap())
     });
+    let before = everywhere.hits();
     assert!(refused(mesh.inside("python3").args(["-c", &probes("False")]).output().unwrap()));
 
     // In a task's own namespace as soon as it has been seen.
@@ -299,6 +300,7 @@ fn what_cannot_be_translated_fails_at_once_and_locally() {
     });
     task.kill().unwrap();
     task.wait().unwrap();
+    assert_eq!(everywhere.hits(), before);
 
     // It goes with the rest, and takes no other daemon's along.
     let routes = |host: Option<&Host>| {
