@@ -44,6 +44,13 @@ impl Port {
         Self(user_port as u16)
     }
 
+    /// From `bpf_sock_ops.remote_port`: the last two bytes in memory, in network byte order.
+    #[inline(always)]
+    pub const fn from_remote_port(remote_port: u32) -> Self {
+        let [_, _, high, low] = remote_port.to_ne_bytes();
+        Self(u16::from_ne_bytes([high, low]))
+    }
+
     /// For `bpf_sock_addr.user_port`.
     #[inline(always)]
     pub const fn user_port(self) -> u32 {
@@ -270,7 +277,7 @@ pub struct Connection {
     /// whoever takes the socket off does it once.
     pub held: u64,
     pub origin: Origin,
-    /// [`PROBE`](Self::PROBE), [`DIALS`](Self::DIALS), and the sock_ops callbacks that were asked for.
+    /// [`PROBE`](Self::PROBE), [`DIALS`](Self::DIALS), [`WATCHED`](Self::WATCHED), and the sock_ops callbacks that were asked for.
     pub flags: u32,
     /// Makes it a line of the CPU's cache.
     zero: u64,
@@ -282,6 +289,9 @@ impl Connection {
 
     /// Its handshake has not begun: whatever begins later, a further subflow of MPTCP, is not it.
     pub const DIALS: u32 = 1 << 30;
+
+    /// How its handshake ends is still to be heard of.
+    pub const WATCHED: u32 = 1 << 29;
 
     #[inline(always)]
     pub const fn new(held: u32, origin: Origin, flags: u32) -> Self {

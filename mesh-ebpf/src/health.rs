@@ -3,6 +3,8 @@
 //! A callback asked for at the start of a handshake sees how it ends. One that the task ended by
 //! closing the socket is not seen: by then `sock_release` has taken the socket's connection away.
 
+use core::ptr::read_volatile;
+
 use aya_ebpf::{
     bindings::{
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RETRANS_CB, BPF_SOCK_OPS_RETRANS_CB_FLAG,
@@ -13,7 +15,8 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use mesh_common::{
-    abi::{Connection, Penalty},
+    abi::{Connection, Origin, Penalty, Port},
+    address::Address,
     health::{Fitness, HealthWord},
 };
 
@@ -33,6 +36,12 @@ pub(crate) fn run(ctx: SockOpsContext) -> i32 {
                 && connection.flags & Connection::DIALS != 0
             {
                 connection.flags &= !Connection::DIALS;
+                // A connect to a VIP that failed before its handshake; this is another one.
+                if !is_peer(&ctx, &connection.origin) {
+                    maps::let_go(connection);
+                    return context::ALLOW;
+                }
+                connection.flags |= Connection::WATCHED;
                 // What another program has asked for on this socket stays as it is.
                 let ours = CALLBACKS & !ctx.cb_flags();
                 connection.flags |= ours;
@@ -40,13 +49,13 @@ pub(crate) fn run(ctx: SockOpsContext) -> i32 {
             }
         }
         BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB if ctx.cb_flags() & CALLBACKS != 0 => {
-            if let Some(connection) = connection(&ctx) {
+            if let Some(connection) = watched(&ctx) {
                 succeeded(connection);
                 stop(&ctx, connection);
             }
         }
         BPF_SOCK_OPS_STATE_CB if ctx.arg(0) == BPF_TCP_SYN_SENT && ctx.arg(1) == BPF_TCP_CLOSE => {
-            if let Some(connection) = connection(&ctx) {
+            if let Some(connection) = watched(&ctx) {
                 failed(connection);
                 maps::let_go(connection);
                 stop(&ctx, connection);
@@ -54,7 +63,7 @@ pub(crate) fn run(ctx: SockOpsContext) -> i32 {
         }
         // The packet did not leave this machine: a firewall of its own, no memory.
         BPF_SOCK_OPS_RETRANS_CB if ctx.arg(2).cast_signed() < 0 => {
-            if let Some(connection) = connection(&ctx) {
+            if let Some(connection) = watched(&ctx) {
                 stop(&ctx, connection);
             }
         }
@@ -81,10 +90,30 @@ fn connection(ctx: &SockOpsContext) -> Option<&'static mut Connection> {
     (connection.held != 0).then_some(connection)
 }
 
+/// The same, if the end of its handshake is still to be heard of.
+#[inline(always)]
+fn watched(ctx: &SockOpsContext) -> Option<&'static mut Connection> {
+    connection(ctx).filter(|connection| connection.flags & Connection::WATCHED != 0)
+}
+
+/// Whether a socket dials the backend that it was sent to.
+#[inline(always)]
+fn is_peer(ctx: &SockOpsContext, origin: &Origin) -> bool {
+    // SAFETY: the kernel passes a valid context; volatile keeps each access one whole word.
+    let (v4, v6, port) = unsafe {
+        let word = |at: usize| read_volatile(&raw const (*ctx.ops).remote_ip6[at]);
+        let v4 = read_volatile(&raw const (*ctx.ops).remote_ip4);
+        (v4, [word(0), word(1), word(2), word(3)], read_volatile(&raw const (*ctx.ops).remote_port))
+    };
+    let backend = &origin.backend_address;
+    let same = if backend.is_v4() { backend.v4_word() == v4 } else { backend.words() == v6 };
+    same && origin.backend_port == Port::from_remote_port(port)
+}
+
 #[inline(always)]
 fn stop(ctx: &SockOpsContext, connection: &mut Connection) {
     let ours = connection.flags & CALLBACKS;
-    connection.flags &= !CALLBACKS;
+    connection.flags &= !(CALLBACKS | Connection::WATCHED);
     ask(ctx, ctx.cb_flags() & !ours);
 }
 

@@ -2,7 +2,7 @@
 
 use std::{fs, os::unix::process::ExitStatusExt, process::Command, time::Instant};
 
-use mesh_tests::{Mesh, figure, free_address, netns::Network, server::Server, service, wait_until};
+use mesh_tests::{Dialogue, Mesh, figure, free_address, netns::Network, server::Server, service, wait_until};
 
 const VIP: &str = "127.128.11.1";
 
@@ -199,6 +199,56 @@ os.kill(os.getpid(), 9)
     assert_eq!(ejected(&mesh), 0);
     let health = mesh.json(&["backend", "list"])[0].clone();
     assert_eq!((&health["state"], &health["connections"]["active"]), (&"active".into(), &0.into()));
+}
+
+/// A socket whose connect to the VIP failed before its handshake says nothing of the backend by what
+/// it dials next, neither for it nor against it.
+#[test]
+fn what_a_socket_dials_after_a_connect_that_failed_locally_does_not_count() {
+    let network = Network::new();
+    let (host, other) = (network.host(), network.host());
+    let eject = r#"eject = { failures = 1, base = "60s", max_percent = 100 }"#;
+    let text = service("echo", 80, VIP, &[(&other.address, 81), (&other.address, 82)]).replacen(
+        "policy",
+        &format!("{eject}\npolicy"),
+        1,
+    );
+    let mesh = Mesh::start(&text);
+    let program = format!(
+        r#"
+import errno, socket, sys
+def dial(address, source=None):
+    s = socket.socket()
+    if source:
+        s.bind((source, 0))
+        assert s.connect_ex(("{VIP}", 80)) == errno.EINVAL
+    return s.connect_ex(address)
+listener = socket.create_server(("127.0.0.1", 0))
+refusing = socket.socket()
+refusing.bind(("127.0.0.1", 0))
+for _ in range(5):
+    assert dial(refusing.getsockname(), "127.0.0.1") == errno.ECONNREFUSED
+print("refused elsewhere", flush=True)
+sys.stdin.readline()
+for _ in range(2):
+    assert dial(("{VIP}", 80)) == errno.ECONNREFUSED
+print("refused by both", flush=True)
+sys.stdin.readline()
+for _ in range(5):
+    assert dial(listener.getsockname(), "127.0.0.1") == 0
+print("accepted elsewhere", flush=True)
+sys.stdin.readline()
+"#
+    );
+    let mut python = mesh.on(&host, "python3");
+    python.args(["-c", &program]);
+    let mut client = Dialogue::start(python);
+    for (said, count) in [("refused elsewhere", 0), ("refused by both", 2), ("accepted elsewhere", 2)] {
+        assert_eq!(client.hear(), said);
+        assert_eq!(ejected(&mesh), count, "{said}");
+        client.go_on();
+    }
+    client.end();
 }
 
 /// 8 tasks with 5,000 connects a second in all, one backend of four refuses.
