@@ -3,6 +3,8 @@
 //! A change here that an older program could misread needs a new [`VERSION`]: the version is
 //! part of the pin path, so programs of one layout never meet maps of another.
 
+use core::mem::offset_of;
+
 use crate::{
     address::{Address, Prefix},
     health::HealthWord,
@@ -293,10 +295,67 @@ impl Connection {
     /// How its handshake ends is still to be heard of.
     pub const WATCHED: u32 = 1 << 29;
 
+    /// The words that a connection begins with in every layout: by them a version takes over the
+    /// sockets of another one, older or newer. What is added comes behind; the map gets another
+    /// name if one of these is to change.
+    pub const WORDS: u32 = 7;
+
     #[inline(always)]
     pub const fn new(held: u32, origin: Origin, flags: u32) -> Self {
         Self { held: held as u64, origin, flags, zero: 0 }
     }
+
+    pub const fn words(&self) -> [u64; Self::WORDS as usize] {
+        let ([a, b, c, d], [e, f, g, h]) = (self.origin.vip.words(), self.origin.backend_address.words());
+        let ports = join(self.origin.vip_port.0, self.origin.backend_port.0);
+        [
+            self.held,
+            whole(a, b),
+            whole(c, d),
+            whole(e, f),
+            whole(g, h),
+            whole(ports, self.origin.service),
+            whole(self.origin.backend, self.flags),
+        ]
+    }
+
+    pub const fn from_words(words: [u64; Self::WORDS as usize]) -> Self {
+        let [held, vip @ .., backend, flags] = words;
+        let [a, b, c, d] = vip;
+        let ([a, b], [c, d], [e, f], [g, h]) = (halves(a), halves(b), halves(c), halves(d));
+        let ([ports, service], [backend, flags]) = (halves(backend), halves(flags));
+        let [vip_port, backend_port] = quarters(ports);
+        let origin = Origin {
+            vip: Address::from_words([a, b, c, d]),
+            backend_address: Address::from_words([e, f, g, h]),
+            vip_port: Port(vip_port),
+            backend_port: Port(backend_port),
+            service,
+            backend,
+        };
+        Self { held, origin, flags, zero: 0 }
+    }
+}
+
+/// The word whose bytes in memory are those of both halves.
+const fn whole(first: u32, second: u32) -> u64 {
+    let ([a, b, c, d], [e, f, g, h]) = (first.to_ne_bytes(), second.to_ne_bytes());
+    u64::from_ne_bytes([a, b, c, d, e, f, g, h])
+}
+
+const fn halves(word: u64) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = word.to_ne_bytes();
+    [u32::from_ne_bytes([a, b, c, d]), u32::from_ne_bytes([e, f, g, h])]
+}
+
+const fn join(first: u16, second: u16) -> u32 {
+    let ([a, b], [c, d]) = (first.to_ne_bytes(), second.to_ne_bytes());
+    u32::from_ne_bytes([a, b, c, d])
+}
+
+const fn quarters(half: u32) -> [u16; 2] {
+    let [a, b, c, d] = half.to_ne_bytes();
+    [u16::from_ne_bytes([a, b]), u16::from_ne_bytes([c, d])]
 }
 
 /// Value of `SOCKETS`: the places for sockets whose cookies are equal modulo [`SETS`]. A cookie is
@@ -344,6 +403,11 @@ impl AffinityWord {
         low24(self.0)
     }
 
+    /// The same time, another backend.
+    pub const fn moved_to(self, backend: u32) -> Self {
+        Self(backend as u64 | self.0 & !(MAX_INDEX as u64))
+    }
+
     /// Whether the backend was last dialled within `timeout_ms`.
     #[inline(always)]
     pub const fn holds(self, now_ms: u64, timeout_ms: u64) -> bool {
@@ -369,6 +433,7 @@ const _: () = {
     assert!(size_of::<Backend>() == 28 && align_of::<Backend>() == 4);
     assert!(size_of::<Origin>() == 44 && align_of::<Origin>() == 4);
     assert!(size_of::<Connection>() == 64);
+    assert!(offset_of!(Connection, flags) + 4 == 8 * Connection::WORDS as usize);
     assert!(size_of::<Peers>() == MAX_PEERS * 44 + 4);
     assert!(size_of::<Settings>() == 8 * Settings::WORDS as usize);
     assert!(size_of::<HealthWord>() == 8 && size_of::<AffinityWord>() == 8);
@@ -464,6 +529,11 @@ mod tests {
                     prop_assert!(word.exists() && word.is_sticky() == sticky);
                 }
             }
+        }
+
+        #[test]
+        fn a_connection_round_trips(words: [u64; Connection::WORDS as usize]) {
+            prop_assert_eq!(Connection::from_words(words).words(), words);
         }
 
         #[test]

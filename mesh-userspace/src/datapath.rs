@@ -36,6 +36,7 @@ use crate::plan::{
     applied::{Dump, Sizes},
 };
 
+mod migrate;
 pub mod mounts;
 mod resize;
 pub mod sys;
@@ -250,6 +251,30 @@ impl Datapath {
         load_programs(&mut ebpf)?;
         let maps = Maps::open_in(maps)?;
         Ok(Self { maps, ebpf, pins, cgroup: options.cgroup.clone(), lock, links: BTreeMap::new() })
+    }
+
+    /// Whether the programs that run use maps of another layout.
+    pub fn is_another_version_in_use(&self) -> Result<bool> {
+        Ok(migrate::Old::open(&self.pins)?.is_some())
+    }
+
+    /// Puts the programs in place of those of another layout, if it is such that run, and takes
+    /// over what these know. A socket that connects at the same moment may show its backend as its
+    /// peer until this returns.
+    pub fn take_over(&mut self, applied: &Applied) -> Result<()> {
+        let Some(old) = migrate::Old::open(&self.pins)? else { return self.attach() };
+        let sockets = Sockets::open(&self.pins)?;
+        old.carry_tables(&mut self.maps, &self.pins, applied)?;
+        let (before, _) = old.carry_sockets(&sockets, applied);
+        self.attach()?;
+        self.maps.grace.wait().map_err(io_error("cannot wait for readers"))?;
+        // Those that the old programs have seen since.
+        let (after, lost) = old.carry_sockets(&sockets, applied);
+        tracing::info!("took over {} sockets from another version of mesh", before + after);
+        if lost > 0 {
+            tracing::warn!("no place for {lost} more: they show their backends, and are on no count");
+        }
+        Ok(())
     }
 
     /// Puts the programs in place: into the pinned links, or into new ones where there are none.
@@ -496,6 +521,13 @@ const PEER_ADDRESS: usize = offset_of!(Connection, origin) + offset_of!(Origin, 
 const PEER_PORT: usize = offset_of!(Connection, origin) + offset_of!(Origin, backend_port);
 const _: () = assert!(offset_of!(Connection, held) == 0 && PEER_ADDRESS.is_multiple_of(8));
 
+/// The places that a socket may have one of.
+#[expect(clippy::cast_possible_truncation, reason = "the low bits choose the set; 4")]
+fn set_of(cookie: u64) -> std::ops::Range<u32> {
+    let first = (cookie as u32 & (SETS - 1)) * WAYS as u32;
+    first..first + WAYS as u32
+}
+
 /// The word that a byte of a connection is in.
 #[expect(clippy::cast_possible_truncation, reason = "at most 64 bytes")]
 const fn in_words(bytes: usize) -> u32 {
@@ -545,6 +577,32 @@ impl Sockets {
         let at = PEER_PORT % size_of::<u64>();
         let port = u16::from_be_bytes([ports[at], ports[at + 1]]);
         Endpoint { address: Address::from_octets(octets), port: Port::new(port) }
+    }
+
+    /// Whether a socket has a place.
+    pub fn has(&self, cookie: u64) -> bool {
+        set_of(cookie).any(|index| self.cookies.load(index) == cookie)
+    }
+
+    /// Gives a socket a place; false if there is none.
+    pub fn adopt(&self, cookie: u64, connection: &Connection) -> bool {
+        let Some(index) = set_of(cookie).find(|index| self.cookies.replace(*index, 0, cookie)) else {
+            return false;
+        };
+        let held = index * CONNECTION_WORDS;
+        let words = connection.words();
+        for (at, word) in (held..).zip(words).skip(1) {
+            self.connections.store(at, word);
+        }
+        if let Ok(backend @ 1..) = u32::try_from(connection.held) {
+            self.connections.store(held, connection.held);
+            self.load.add(backend, 1);
+            // It may have ended before there was anything to let go of.
+            if self.cookies.load(index) != cookie && self.connections.replace(held, connection.held, 0) {
+                self.load.add(backend, u64::MAX);
+            }
+        }
+        true
     }
 
     /// Frees the place of a socket that is no more, unless it has been freed meanwhile.
@@ -772,6 +830,15 @@ fn entries(data: &MapData, name: &'static str) -> Result<u32> {
 /// Whether a folder holds every map.
 fn is_complete(maps: &Path) -> bool {
     map::ALL.iter().all(|name| maps.join(name).exists())
+}
+
+/// Whether the first program that is swapped uses the maps in a folder.
+fn is_in_use(pins: &Pins, maps: &Path) -> Result<bool> {
+    let frontends = pinned(maps, map::FRONTENDS, size_of::<Frontend>(), size_of::<u32>())?;
+    let id = frontends.info().map_err(map_error(map::FRONTENDS))?.id();
+    let program = pins.link_info(PROGRAMS[0]).and_then(|link| program_info(link.program));
+    let maps = program.and_then(|program| program.map_ids().ok().flatten());
+    Ok(maps.is_some_and(|maps| maps.contains(&id)))
 }
 
 /// Removes the maps of one layout.

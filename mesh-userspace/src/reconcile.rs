@@ -74,15 +74,15 @@ impl catalog::Node for Sight<'_> {
 
 impl Reconciler {
     /// Reads the maps. Where they hold something to serve, puts the programs in place at once;
-    /// otherwise only after the first round, so that running programs are not swapped for ones
-    /// that know nothing.
+    /// otherwise, and where those of another layout run, only after the first round, so that running
+    /// programs are not swapped for ones that know nothing, or not the latest.
     pub fn new(
         mut datapath: Datapath,
         zone: Option<String>,
         leaving: mpsc::Sender<Leaving>,
     ) -> Result<Self, Error> {
         let applied = datapath.maps.restore()?;
-        let attached = !applied.frontends.is_empty();
+        let attached = !applied.frontends.is_empty() && !datapath.is_another_version_in_use()?;
         if attached {
             datapath.attach()?;
         }
@@ -255,7 +255,7 @@ impl Reconciler {
 
     fn attach(&mut self) -> Result<(), Error> {
         if !self.attached {
-            self.datapath.attach()?;
+            self.datapath.take_over(&self.applied.read().expect("no writer panics"))?;
             self.attached = true;
         }
         Ok(())

@@ -35,6 +35,13 @@ pub fn binary() -> PathBuf {
     path
 }
 
+/// Another version of it, with another layout of the maps.
+pub fn other_binary() -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/other/mesh");
+    assert!(path.exists(), "no {}: run `cargo xtask test`, which builds it", path.display());
+    path
+}
+
 /// Whether the full counts were asked for (`cargo xtask test --long`).
 pub fn is_long() -> bool {
     std::env::var_os("MESH_TEST_LONG").is_some()
@@ -126,8 +133,12 @@ impl Mesh {
     }
 
     pub fn launch(&mut self) {
+        self.launch_as(Command::new(binary()));
+    }
+
+    /// Launches another version, or one that is watched by another program.
+    pub fn launch_as(&mut self, mut command: Command) {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log_path()).unwrap();
-        let mut command = Command::new(binary());
         command.arg("run").arg("--config").arg(&self.config).stdin(Stdio::null());
         self.daemon = Some(command.stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap());
     }
@@ -143,6 +154,11 @@ impl Mesh {
         let mut daemon = self.daemon.take().expect("the daemon runs");
         daemon.kill().unwrap();
         daemon.wait().unwrap();
+    }
+
+    /// Whether the daemon has ended by itself, or was killed by somebody else.
+    pub fn has_ended(&mut self) -> bool {
+        self.daemon.as_mut().is_some_and(|daemon| daemon.try_wait().unwrap().is_some())
     }
 
     /// SIGTERM, and its exit code.

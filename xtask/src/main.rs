@@ -9,6 +9,7 @@ mod build;
 mod ci;
 mod example;
 mod node;
+mod other;
 mod run;
 mod setup;
 mod test;
@@ -38,6 +39,9 @@ enum Command {
     Bench(bench::Args),
     /// What CI runs: format, lints, the example, every test.
     Ci,
+    /// Build another version, with another layout of the maps, which the tests need.
+    #[command(hide = true)]
+    BuildOther,
     /// The client of the benchmark: times connects of sockets made inside and outside a cgroup.
     #[command(hide = true)]
     BenchClient(bench::ClientArgs),
@@ -56,6 +60,7 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Setup => setup::everything(),
         Command::Build => build::mesh(),
+        Command::BuildOther => other::mesh(),
         Command::Run(args) => run::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Bench(args) => bench::run(&args),

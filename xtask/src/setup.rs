@@ -15,7 +15,7 @@ use crate::tools::{self, as_root, cargo, find, output, run};
 const BPF_LINKER: &str = "0.10.3";
 
 /// Debian packages that the tests need, and a command that works where each of them is there.
-const PACKAGES: [(&str, &str); 19] = [
+const PACKAGES: [(&str, &str); 20] = [
     ("bpftool", "bpftool version"),
     ("curl", "curl --version"),
     ("nginx", "nginx -v"),
@@ -25,6 +25,7 @@ const PACKAGES: [(&str, &str); 19] = [
     ("python3", "python3 --version"),
     // Debian keeps Python's own tests apart; apt-get takes a name that begins with ^ for a pattern.
     ("^libpython3[.][0-9]+-testsuite$", "python3 -c 'import test.test_socket'"),
+    ("strace", "strace --version"),
     // The runtimes of the socket matrix.
     ("gcc", "gcc --version"),
     ("liburing-dev", "echo '#include <liburing.h>' | gcc -E -"),

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, bail};
 
 use crate::{
-    build, setup,
+    build, other, setup,
     tools::{self, cargo, commit, find, is_root, root},
 };
 
@@ -26,6 +26,7 @@ const FIGURE: &str = "figure: ";
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     setup::everything()?;
+    other::mesh()?;
     build::mesh()?;
     eprintln!("test: rules, plan and registries");
     tools::run(cargo().args(["test", "--release", "--locked"])).context("a test failed")?;

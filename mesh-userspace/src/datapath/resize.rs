@@ -11,11 +11,11 @@ use std::{
     path::Path,
 };
 
-use aya::maps::{HashMap, Map, MapData};
-use mesh_common::abi::{Client, Settings, map};
+use aya::maps::MapData;
+use mesh_common::abi::{Settings, map};
 
 use super::{
-    Datapath, Maps, Options, PROGRAMS, Pins, Result, io_error, is_complete, map_error, pinned, program_info,
+    Datapath, Maps, Options, Pins, Result, io_error, is_complete, is_in_use, map_error, migrate::affinity,
     unpin_maps,
 };
 use crate::plan::applied::Sizes;
@@ -43,15 +43,6 @@ pub(super) fn settle(options: &Options, pins: &Pins, lock: &File) -> Result<()> 
     }
     unpin_maps(&resized)?;
     fs::remove_dir(&resized).map_err(io_error(format!("cannot remove {}", resized.display())))
-}
-
-/// Whether the first program that is swapped uses the maps in a folder.
-fn is_in_use(pins: &Pins, maps: &Path) -> Result<bool> {
-    let slots = pinned(maps, map::SLOTS, size_of::<u32>(), size_of::<u64>())?;
-    let id = slots.info().map_err(map_error(map::SLOTS))?.id();
-    let program = pins.link_info(PROGRAMS[0]).and_then(|link| program_info(link.program));
-    let maps = program.and_then(|program| program.map_ids().ok().flatten());
-    Ok(maps.is_some_and(|maps| maps.contains(&id)))
 }
 
 /// Nobody counts in the old maps any more once every run that began with them has ended: then
@@ -144,11 +135,7 @@ impl Maps {
 
 /// Which backends workloads have.
 fn copy_affinity(from: &Path, to: &Path) -> Result<()> {
-    let open = |dir: &Path| -> Result<HashMap<MapData, Client, u64>> {
-        let data = pinned(dir, map::AFFINITY, size_of::<Client>(), size_of::<u64>())?;
-        HashMap::try_from(Map::LruHashMap(data)).map_err(map_error(map::AFFINITY))
-    };
-    let (from, mut to) = (open(from)?, open(to)?);
+    let (from, mut to) = (affinity(from)?, affinity(to)?);
     // An entry that goes meanwhile is not missed.
     for (client, word) in from.iter().flatten() {
         to.insert(client, word, 0).map_err(map_error(map::AFFINITY))?;

@@ -15,5 +15,7 @@ mod matrix;
 mod policy;
 mod servers;
 mod sockets;
+mod storm;
 mod thirdparty;
+mod versions;
 mod watchdog;

@@ -12,28 +12,29 @@ use mesh_tests::{Dialogue, Mesh, binary, server::Server, service, text, wait_unt
 const VIP: &str = "127.128.18.1";
 
 /// Connects that go on until the test says what must have happened meanwhile.
-struct Load(JoinHandle<Output>);
+pub(crate) struct Load(JoinHandle<Output>);
 
 impl Load {
-    fn start(mesh: &Mesh) -> Self {
+    pub(crate) fn start(mesh: &Mesh, vip: &str) -> Self {
         let mut client = mesh.inside(env!("CARGO_BIN_EXE_client"));
-        client.args([&format!("{VIP}:80"), "2", "30000"]).stdout(Stdio::piped());
+        client.args([&format!("{vip}:80"), "2", "30000"]).stdout(Stdio::piped());
         let client = client.spawn().unwrap();
         Self(thread::spawn(|| client.wait_with_output().unwrap()))
     }
 
-    fn runs(&self) -> bool {
+    pub(crate) fn runs(&self) -> bool {
         !self.0.is_finished()
     }
 
     /// None may have failed: each got one of these answers.
-    fn end(self, answers: &[&str]) {
+    pub(crate) fn end(self, answers: &[&str]) -> usize {
         let output = self.0.join().unwrap();
         let lines = String::from_utf8(output.stdout).unwrap();
         assert_eq!(lines.lines().count(), 30_000);
         let is_answer = |line: &str| answers.contains(&line.rsplit(' ').next().unwrap());
         let failed: Vec<_> = lines.lines().filter(|line| !is_answer(line)).collect();
         assert!(failed.is_empty(), "{} connects failed: {:?}", failed.len(), failed.first());
+        30_000
     }
 }
 
@@ -67,7 +68,7 @@ fn pins_that_are_taken_away_are_put_back_and_no_connect_notices() {
     let mut mesh = Mesh::start(&echo(&server));
     let before = pins(&mesh.pin_dir);
     assert!(before.len() > 20, "{before:?}");
-    let load = Load::start(&mesh);
+    let load = Load::start(&mesh, VIP);
     let mut times = 0;
     while load.runs() || times < 2 {
         let all = times % 2 == 0;
@@ -192,7 +193,7 @@ fn maps_of_another_version_are_replaced_without_a_failed_connect() {
     let mut mesh = Mesh::start(&echo(&server));
     let before = pins(&mesh.pin_dir);
     let ours = mesh.map_pin("SLOTS").parent().unwrap().to_owned();
-    let load = Load::start(&mesh);
+    let load = Load::start(&mesh, VIP);
     let mut times = 0;
     while load.runs() || times < 2 {
         mesh.kill();
