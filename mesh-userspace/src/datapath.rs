@@ -12,6 +12,7 @@ use std::{
     mem::offset_of,
     os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use aya::{
@@ -31,9 +32,12 @@ use mesh_common::{
 
 pub use aya::programs::ProgramInfo;
 
-use crate::plan::{
-    Applied, Endpoint, Op,
-    applied::{Dump, Sizes},
+use crate::{
+    model::DRAIN,
+    plan::{
+        Applied, Endpoint, Op,
+        applied::{Dump, Sizes},
+    },
 };
 
 mod migrate;
@@ -207,12 +211,14 @@ pub struct Maps {
 }
 
 /// A socket, as `SOCKETS` has it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Place {
     index: u32,
     pub cookie: u64,
     /// The backend on whose count it is; zero if on none.
     pub backend: u64,
+    /// The service whose VIP it dialled. The id may be another one's by now.
+    pub service: u32,
     /// Where it was sent. It may have dialled something else since.
     pub peer: Endpoint,
 }
@@ -519,7 +525,9 @@ const PLACES: u32 = SETS * WAYS as u32;
 const CONNECTION_WORDS: u32 = in_words(size_of::<Connection>());
 const PEER_ADDRESS: usize = offset_of!(Connection, origin) + offset_of!(Origin, backend_address);
 const PEER_PORT: usize = offset_of!(Connection, origin) + offset_of!(Origin, backend_port);
+const SERVICE: usize = offset_of!(Connection, origin) + offset_of!(Origin, service);
 const _: () = assert!(offset_of!(Connection, held) == 0 && PEER_ADDRESS.is_multiple_of(8));
+const _: () = assert!(in_words(PEER_PORT) == in_words(SERVICE));
 
 /// The places that a socket may have one of.
 #[expect(clippy::cast_possible_truncation, reason = "the low bits choose the set; 4")]
@@ -539,6 +547,8 @@ pub struct Sockets {
     cookies: Words,
     connections: Words,
     load: Words,
+    settings: Words,
+    services: u32,
 }
 
 impl Sockets {
@@ -546,37 +556,53 @@ impl Sockets {
         let cookies = pinned(&pins.maps(), map::SOCKETS, size_of::<u32>(), size_of::<Cookies>())?;
         let connections = pinned(&pins.maps(), map::CONNECTIONS, size_of::<u32>(), size_of::<Connection>())?;
         let load = pinned(&pins.maps(), map::LOAD, size_of::<u32>(), size_of::<u64>())?;
-        let backends = entries(&load, map::LOAD)?;
+        let settings = pinned(&pins.maps(), map::SETTINGS, size_of::<u32>(), size_of::<Settings>())?;
+        let (backends, services) = (entries(&load, map::LOAD)?, entries(&settings, map::SETTINGS)?);
         Ok(Self {
             cookies: words(&cookies, map::SOCKETS, PLACES)?,
             connections: words(&connections, map::CONNECTIONS, PLACES * CONNECTION_WORDS)?,
             load: words(&load, map::LOAD, backends)?,
+            settings: words(&settings, map::SETTINGS, services * Settings::WORDS)?,
+            services,
         })
     }
 
     /// The places that are taken.
     pub fn taken(&self) -> Vec<Place> {
-        let taken =
-            (0..PLACES).map(|index| (index, self.cookies.load(index))).filter(|(_, cookie)| *cookie != 0);
-        let place = |(index, cookie)| Place {
-            peer: self.peer(index),
-            index,
-            cookie,
-            backend: self.connections.load(index * CONNECTION_WORDS),
-        };
-        taken.map(place).collect()
+        (0..PLACES).filter_map(|index| self.at(index)).collect()
     }
 
-    /// Where the socket of a place was sent.
-    fn peer(&self, index: u32) -> Endpoint {
+    /// Whether a place is as it was.
+    pub fn is_unchanged(&self, place: &Place) -> bool {
+        self.at(place.index).as_ref() == Some(place)
+    }
+
+    fn at(&self, index: u32) -> Option<Place> {
+        let cookie = self.cookies.load(index);
+        if cookie == 0 {
+            return None;
+        }
         let word = |at: usize| self.connections.load(index * CONNECTION_WORDS + in_words(at)).to_ne_bytes();
         let mut octets = [0; 16];
         octets[..8].copy_from_slice(&word(PEER_ADDRESS));
         octets[8..].copy_from_slice(&word(PEER_ADDRESS + 8));
-        let ports = word(PEER_PORT);
-        let at = PEER_PORT % size_of::<u64>();
-        let port = u16::from_be_bytes([ports[at], ports[at + 1]]);
-        Endpoint { address: Address::from_octets(octets), port: Port::new(port) }
+        let rest = word(PEER_PORT);
+        let (port, service) = (PEER_PORT % size_of::<u64>(), SERVICE % size_of::<u64>());
+        let port = u16::from_be_bytes([rest[port], rest[port + 1]]);
+        let service = u32::from_ne_bytes(rest[service..service + 4].try_into().expect("4 bytes"));
+        let peer = Endpoint { address: Address::from_octets(octets), port: Port::new(port) };
+        let backend = self.connections.load(index * CONNECTION_WORDS);
+        Some(Place { index, cookie, backend, service, peer })
+    }
+
+    /// How long a service's sockets outlive their backends.
+    pub fn drain(&self, service: u32) -> Duration {
+        if service >= self.services {
+            // It went before the map became smaller.
+            return DRAIN;
+        }
+        let word = service * Settings::WORDS + in_words(offset_of!(Settings, drain_ms));
+        Duration::from_millis(self.settings.load(word))
     }
 
     /// Whether a socket has a place.

@@ -5,7 +5,7 @@ use std::{
     fs::{self, File},
     io,
     os::{fd::AsFd, unix::fs::MetadataExt},
-    path::Path,
+    path::{Path, PathBuf},
     thread,
 };
 
@@ -20,6 +20,8 @@ pub mod sockets;
 
 /// `NSFS_MAGIC` of linux/magic.h: the file system of open namespaces.
 const NSFS_MAGIC: u64 = 0x6e73_6673;
+
+const OURS: &str = "/proc/self/ns/net";
 
 /// A network namespace, held open.
 #[derive(Debug)]
@@ -51,44 +53,109 @@ impl NetNs {
     }
 }
 
-/// Every namespace that a process is in or that has a name.
-pub fn all() -> io::Result<Vec<NetNs>> {
-    let processes = fs::read_dir("/proc")?.flatten().map(|entry| entry.file_name());
-    let processes = processes.filter(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit));
-    let of_processes = processes.map(|pid| Path::new("/proc").join(pid).join("ns/net"));
-    let mounted = named(&fs::read_to_string("/proc/self/mountinfo")?);
-    Ok(open(of_processes.chain(mounted.into_iter().map(Into::into))))
+/// Namespaces that are held open; and if some that are there could not be opened, why.
+pub type Opened = (Vec<NetNs>, io::Result<()>);
+
+/// Every namespace that a thread is in or that has a name.
+pub fn all() -> Opened {
+    match places() {
+        Ok(paths) => open(paths),
+        Err(error) => (Vec::new(), Err(error)),
+    }
 }
 
-/// The namespaces of the processes in a cgroup and everything below it, but only of those that
-/// are not in `known`; it holds all of them afterwards.
-pub fn of_cgroup(cgroup: &Path, known: &mut BTreeSet<u32>) -> Vec<NetNs> {
-    let mut pids = BTreeSet::new();
+/// Where the namespaces of all threads are shown, and those with a name.
+fn places() -> io::Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    for process in fs::read_dir("/proc")? {
+        let process = process?;
+        if process.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit) {
+            let Some(tasks) = unless_gone(fs::read_dir(process.path().join("task")))? else { continue };
+            // The first thread may have ended before the others, and with it `/proc/<pid>/ns`.
+            paths.extend(tasks.map_while(Result::ok).map(|task| task.path().join("ns/net")));
+        }
+    }
+    paths.extend(named(&fs::read_to_string("/proc/self/mountinfo")?).into_iter().map(Into::into));
+    Ok(paths)
+}
+
+/// The namespaces of the threads in a cgroup and everything below it, but only of those that are
+/// not in `known`; it holds all of them afterwards.
+pub fn of_cgroup(cgroup: &Path, known: &mut BTreeSet<u32>) -> Opened {
+    let tasks = tasks(cgroup);
+    let new = tasks.difference(known).map(|task| format!("/proc/{task}/ns/net").into());
+    let namespaces = open(new);
+    *known = tasks;
+    namespaces
+}
+
+/// An error where this process' PID namespace hides tasks of a cgroup.
+pub fn sees_all(cgroup: &Path) -> io::Result<()> {
+    // cgroup_procs_show() in kernel/cgroup/cgroup.c: their number here is zero.
+    if tasks(cgroup).contains(&0) {
+        return Err(io::Error::other("the daemon is not in the PID namespace of all tasks"));
+    }
+    Ok(())
+}
+
+/// Whether this process is in the PID namespace that all others of the host are below.
+pub fn is_host_pid_namespace() -> io::Result<bool> {
+    /// `PROC_PID_INIT_INO` of linux/proc_ns.h.
+    const HOST: u64 = 0xEFFF_FFFC;
+    Ok(fs::metadata("/proc/self/ns/pid")?.ino() == HOST)
+}
+
+/// The threads in a cgroup and everything below it.
+fn tasks(cgroup: &Path) -> BTreeSet<u32> {
+    let mut tasks = BTreeSet::new();
     let mut folders = vec![cgroup.to_owned()];
     while let Some(folder) = folders.pop() {
-        // A cgroup may go at any time, and its processes with it.
-        let procs = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
-        pids.extend(procs.lines().filter_map(|pid| pid.parse::<u32>().ok()));
+        // A cgroup may go at any time, and its threads with it.
+        let threads = fs::read_to_string(folder.join("cgroup.threads")).unwrap_or_default();
+        tasks.extend(threads.lines().filter_map(|task| task.parse::<u32>().ok()));
         let Ok(entries) = fs::read_dir(&folder) else { continue };
         folders
             .extend(entries.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path()));
     }
-    let new = pids.difference(known).map(|pid| format!("/proc/{pid}/ns/net").into());
-    let namespaces = open(new);
-    *known = pids;
-    namespaces
+    tasks
 }
 
 /// Each once; one that has gone meanwhile is left out.
-fn open(paths: impl Iterator<Item = std::path::PathBuf>) -> Vec<NetNs> {
+fn open(paths: impl IntoIterator<Item = PathBuf>) -> Opened {
     let mut found = BTreeMap::new();
+    let mut complete = Ok(());
     for path in paths {
         let known = fs::metadata(&path).is_ok_and(|meta| found.contains_key(&meta.ino()));
-        if !known && let Ok(netns) = NetNs::open(&path) {
-            found.insert(netns.inode, netns);
+        if known {
+            continue;
+        }
+        match unless_gone(NetNs::open(&path)) {
+            Ok(netns) => drop(netns.map(|netns| found.insert(netns.inode, netns))),
+            // A thread with more rights than the daemon, but no sockets of another namespace.
+            Err(_) if device_list(&path).is_some_and(|list| Some(list) == device_list(OURS.as_ref())) => {}
+            Err(error) => {
+                complete = Err(io::Error::new(error.kind(), format!("{}: {error}", path.display())));
+            }
         }
     }
-    found.into_values().collect()
+    (found.into_values().collect(), complete)
+}
+
+/// The number of a file that each namespace has of its own, and that shows which one a thread is
+/// in where it may not be opened; from the path of the thread's namespace.
+fn device_list(netns: &Path) -> Option<u64> {
+    let thread = netns.parent()?.parent()?;
+    fs::metadata(thread.join("net/dev")).ok().map(|meta| meta.ino())
+}
+
+/// `None` for what a thread or a name left behind when it went.
+fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ESRCH | libc::ENXIO)) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 // proc(5): "36 35 0:4 net:[4026532281] /run/netns/x options - nsfs nsfs rw", spaces as \040.
@@ -109,8 +176,36 @@ mod tests {
     #[test]
     fn a_file_that_is_no_namespace_is_left_out() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let paths = [file.path().to_owned(), "/proc/self/ns/net".into()];
-        assert_eq!(open(paths.into_iter()).len(), 1);
+        let paths = [file.path().to_owned(), OURS.into()];
+        let (namespaces, complete) = open(paths);
+        assert_eq!(namespaces.len(), 1);
+        complete.unwrap();
+    }
+
+    #[test]
+    fn a_namespace_that_cannot_be_opened_is_an_error_not_one_that_has_gone() {
+        let folder = tempfile::tempdir().unwrap();
+        let gone = folder.path().join("gone");
+        let closed = folder.path().join("closed");
+        std::os::unix::fs::symlink(&closed, &closed).unwrap();
+        let paths = [closed, gone, OURS.into()];
+        let (namespaces, complete) = open(paths);
+        assert_eq!(namespaces.len(), 1);
+        assert!(complete.unwrap_err().to_string().contains("closed"));
+    }
+
+    #[test]
+    fn the_namespace_of_a_thread_is_found() {
+        let (tell, told) = std::sync::mpsc::channel();
+        let (end, ended) = std::sync::mpsc::channel::<()>();
+        let thread = thread::spawn(move || {
+            tell.send(fs::read_link("/proc/thread-self").unwrap()).unwrap();
+            let _ = ended.recv();
+        });
+        let place = Path::new("/proc").join(told.recv().unwrap()).join("ns/net");
+        assert!(places().unwrap().contains(&place));
+        drop(end);
+        thread.join().unwrap();
     }
 
     #[test]

@@ -13,7 +13,7 @@ use mesh_common::abi::Frontend;
 use crate::{
     catalog::{self, Catalog},
     datapath::{Datapath, Error, Maps},
-    model::{DRAIN, Protocol},
+    model::Protocol,
     plan::{self, Applied, Endpoint, Op},
     upkeep::Leaving,
 };
@@ -85,9 +85,6 @@ impl Reconciler {
         let attached = !applied.frontends.is_empty() && !datapath.is_another_version_in_use()?;
         if attached {
             datapath.attach()?;
-        }
-        for backend in applied.resting() {
-            let _ = leaving.send(Leaving { backend, due: Instant::now() + DRAIN, was: None });
         }
         let report = watch::Sender::new(Report::default());
         Ok(Self {
@@ -208,11 +205,8 @@ impl Reconciler {
         let leaving = |op: &Op| {
             let Op::DeleteBackend { id, drain_ms } = op else { return None };
             let (protocol, endpoint) = applied.whereabouts(*id)?;
-            Some(Leaving {
-                backend: *id,
-                due: Instant::now() + Duration::from_millis(*drain_ms),
-                was: Protocol::from_number(protocol).map(|protocol| (protocol, endpoint)),
-            })
+            let was = (Protocol::from_number(protocol)?, endpoint);
+            Some(Leaving::new(*id, was, Duration::from_millis(*drain_ms)))
         };
         ops.iter().filter_map(leaving).collect()
     }

@@ -24,6 +24,8 @@ use crate::{
 const PERIOD: Duration = Duration::from_secs(1);
 /// Every so many looks all namespaces are looked at.
 const FULL_LOOK: u32 = 30;
+/// When it is tried again to close what could not be.
+const RETRY: Duration = Duration::from_secs(10);
 /// How often the counts are compared with the sockets that there are.
 const AUDIT: Duration = Duration::from_secs(60);
 
@@ -31,10 +33,20 @@ const AUDIT: Duration = Duration::from_secs(60);
 #[derive(Clone, Copy, Debug)]
 pub struct Leaving {
     pub backend: u32,
-    pub due: Instant,
-    /// What it was, unless it went while no daemon ran.
-    pub was: Option<(Protocol, Endpoint)>,
+    was: (Protocol, Endpoint),
+    due: Instant,
+    /// Whether a service had it again, under another id, when it was due.
+    was_back: bool,
 }
+
+impl Leaving {
+    pub fn new(backend: u32, was: (Protocol, Endpoint), drain: Duration) -> Self {
+        Self { backend, was, due: Instant::now() + drain, was_back: false }
+    }
+}
+
+/// Sockets by their cookies, and what they are connected to.
+type Peers = HashMap<u64, (Protocol, Endpoint)>;
 
 pub struct Upkeep {
     cgroup: PathBuf,
@@ -43,9 +55,9 @@ pub struct Upkeep {
     sockets: Sockets,
     applied: Arc<RwLock<Applied>>,
     leaving: BTreeMap<u32, Leaving>,
-    /// Processes whose namespaces have been dealt with. A namespace's number may soon be another
+    /// Threads whose namespaces have been dealt with. A namespace's number may soon be another
     /// one's, so it is no use to remember those.
-    pids: BTreeSet<u32>,
+    tasks: BTreeSet<u32>,
     looks: u32,
     /// Places that did not fit their sockets at the last audit.
     suspects: Vec<Place>,
@@ -66,7 +78,7 @@ impl Upkeep {
             sockets: Sockets::open(pins)?,
             applied,
             leaving: BTreeMap::new(),
-            pids: BTreeSet::new(),
+            tasks: BTreeSet::new(),
             looks: 0,
             suspects: Vec::new(),
             warned: BTreeSet::new(),
@@ -100,16 +112,18 @@ impl Upkeep {
         }
     }
 
-    /// Refuses the VIP ranges in the namespaces of new processes, and now and then in all of them:
-    /// a process may have changed its namespace.
+    /// Refuses the VIP ranges in the namespaces of new threads, and now and then in all of them:
+    /// a thread may have changed its namespace.
     fn guard(&mut self) {
         if self.looks.is_multiple_of(FULL_LOOK) {
-            self.pids.clear();
+            self.tasks.clear();
             let result = routes::refuse(&self.ranges, self.priority);
             self.report("cannot set a route for the VIP ranges", result);
         }
         self.looks = self.looks.wrapping_add(1);
-        for namespace in netns::of_cgroup(&self.cgroup, &mut self.pids) {
+        let (namespaces, complete) = netns::of_cgroup(&self.cgroup, &mut self.tasks);
+        self.report("cannot open every network namespace of the tasks", complete);
+        for namespace in namespaces {
             let result = namespace.run(|| routes::refuse(&self.ranges, self.priority));
             self.report("cannot set a route for the VIP ranges in a network namespace", result);
         }
@@ -117,34 +131,13 @@ impl Upkeep {
 
     /// Closes what is due.
     fn close(&mut self) -> io::Result<()> {
-        let now = Instant::now();
-        let due: Vec<_> = self.leaving.values().filter(|leaving| leaving.due <= now).copied().collect();
-        if due.is_empty() {
-            return Ok(());
-        }
-        // Looked at before it is asked whose the ids are: they may be another backend's soon.
-        let places = self.sockets.taken();
-        let mut left = HashMap::new();
-        for leaving in due {
-            let is_left = |place: &&Place| {
-                let was = leaving.was.map_or(place.peer, |(_, endpoint)| endpoint);
-                place.backend == u64::from(leaving.backend) && place.peer == was
-            };
-            let held: Vec<_> = places.iter().filter(is_left).collect();
-            if held.is_empty() || self.is_taken(leaving.backend) || self.is_back(&leaving) {
-                self.leaving.remove(&leaving.backend);
-                continue;
-            }
-            left.extend(held.into_iter().map(|place| (place.cookie, *place)));
-            // Looked at again, until none of its sockets is found any more.
-            self.leaving.insert(leaving.backend, Leaving { due: now + PERIOD, ..leaving });
-        }
+        let left = self.left();
         if left.is_empty() {
             return Ok(());
         }
         let mut found = Vec::new();
-        let mut result = Ok(());
-        for namespace in netns::all()? {
+        let (namespaces, mut result) = netns::all();
+        for namespace in namespaces {
             // What does not work in one may work in the next.
             match namespace.run(|| close(&left)) {
                 Ok(closed) => found.extend(closed),
@@ -154,34 +147,71 @@ impl Upkeep {
         if !found.is_empty() {
             tracing::info!("closed {} sockets that were left behind on backends that are gone", found.len());
         }
-        if result.is_ok() {
-            let closed = |id: &u32| found.iter().any(|place| place.backend == u64::from(*id));
-            let ids: HashSet<_> = left.values().map(|place| place.backend).collect();
-            self.leaving.retain(|id, _| closed(id) || !ids.contains(&u64::from(*id)));
+        // Those that had sockets to close are looked at again.
+        let closed: HashSet<_> = found.iter().map(|place| place.backend).collect();
+        let rest = left.values().map(|place| place.backend).filter(|id| !closed.contains(id));
+        let rest: HashSet<_> = rest.filter_map(|id| u32::try_from(id).ok()).collect();
+        // A kernel that cannot close sockets will not learn it.
+        let unable = |error: &io::Error| error.raw_os_error() == Some(libc::EOPNOTSUPP);
+        if result.as_ref().err().is_none_or(unable) {
+            self.leaving.retain(|id, _| !rest.contains(id));
+        } else {
+            let rest = self.leaving.iter_mut().filter(|(id, _)| rest.contains(id));
+            rest.for_each(|(_, leaving)| leaving.due = Instant::now() + RETRY);
         }
         result
     }
 
-    /// Whether a backend's id is another one's by now, or nobody's.
-    fn is_taken(&self, id: u32) -> bool {
-        !self.applied.read().expect("no writer panics").resting().any(|resting| resting == id)
-    }
-
-    /// Whether a service has this backend again, under another id.
-    fn is_back(&self, leaving: &Leaving) -> bool {
+    /// The sockets whose time is over, by their cookies.
+    fn left(&mut self) -> HashMap<u64, Place> {
+        let now = Instant::now();
+        let due: Vec<_> = self.leaving.values().filter(|leaving| leaving.due <= now).copied().collect();
+        let mut left = HashMap::new();
+        if due.is_empty() {
+            return left;
+        }
+        // Looked at before it is asked whose the ids are: they may be another backend's soon.
+        let mut places = HashMap::<_, Vec<_>>::new();
+        for place in self.sockets.taken() {
+            places.entry((place.backend, place.peer)).or_default().push(place);
+        }
         let applied = self.applied.read().expect("no writer panics");
-        leaving.was.is_some_and(|(protocol, endpoint)| applied.has(protocol.number(), &endpoint))
+        let was: HashSet<_> =
+            due.iter().map(|Leaving { was: (protocol, at), .. }| (protocol.number(), *at)).collect();
+        // Services have these again, under another id.
+        let back: HashSet<_> = applied.endpoints().filter(|endpoint| was.contains(endpoint)).collect();
+        for leaving in due {
+            let Leaving { backend, was: (protocol, endpoint), was_back, .. } = leaving;
+            let held = places.remove(&(backend.into(), endpoint)).unwrap_or_default();
+            let Some(one) = held.first().filter(|_| applied.is_resting(backend)) else {
+                self.leaving.remove(&backend);
+                continue;
+            };
+            let is_back = back.contains(&(protocol.number(), endpoint));
+            // One that was back and went for good has its drain time once more. The others are
+            // looked at again, until none of their sockets is found any more.
+            let goes_again = was_back && !is_back;
+            let wait = if goes_again { self.sockets.drain(one.service) } else { PERIOD };
+            self.leaving.insert(backend, Leaving { due: now + wait, was_back: is_back, ..leaving });
+            if !is_back && !goes_again {
+                left.extend(held.into_iter().map(|place| (place.cookie, place)));
+            }
+        }
+        left
     }
 
     /// Sets right, once it is seen twice in a row, what no program was there to see: the places of
     /// sockets that are in no namespace are freed, and sockets that have dialled something else
     /// are taken off the count.
     fn audit(&mut self) -> io::Result<()> {
+        let (places, sockets) = self.look()?;
+        self.adopt(&places, &sockets);
         let (again, new): (Vec<_>, Vec<_>) =
-            self.wrong()?.into_iter().partition(|(place, _)| self.suspects.contains(place));
+            wrong(places, &sockets).partition(|(place, _)| self.suspects.contains(place));
         if !again.is_empty() {
             // Once more, right before: a socket may have dialled meanwhile.
-            let wrong = self.wrong()?;
+            let (places, sockets) = self.look()?;
+            let wrong: HashSet<_> = wrong(places, &sockets).collect();
             for (place, is_alive) in again.into_iter().filter(|suspect| wrong.contains(suspect)) {
                 if is_alive {
                     self.sockets.take_off(place);
@@ -194,21 +224,39 @@ impl Upkeep {
         Ok(())
     }
 
-    /// Places that do not fit their sockets, and whether these are alive.
-    fn wrong(&self) -> io::Result<Vec<(Place, bool)>> {
-        let places = self.sockets.taken();
+    /// Backends of which nobody told that they are gone, because no daemon ran: the time of their
+    /// sockets begins now.
+    fn adopt(&mut self, places: &[Place], sockets: &Peers) {
+        let applied = self.applied.read().expect("no writer panics");
+        for place in places {
+            if let Some(was @ (_, peer)) = sockets.get(&place.cookie)
+                && *peer == place.peer
+                && let Ok(backend) = u32::try_from(place.backend)
+                && applied.is_resting(backend)
+            {
+                let new = || Leaving::new(backend, *was, self.sockets.drain(place.service));
+                self.leaving.entry(backend).or_insert_with(new);
+            }
+        }
+    }
+
+    /// The places that are taken, and all sockets by their cookies; an error where some may be
+    /// missing.
+    fn look(&self) -> io::Result<(Vec<Place>, Peers)> {
+        let mut places = self.sockets.taken();
+        let mut sockets = Peers::new();
         if places.is_empty() {
-            return Ok(Vec::new());
+            return Ok((places, sockets));
         }
-        let mut alive = HashMap::new();
-        for namespace in netns::all()? {
-            alive.extend(namespace.run(peers)?);
+        netns::sees_all(&self.cgroup)?;
+        let (namespaces, complete) = netns::all();
+        complete?;
+        for namespace in namespaces {
+            sockets.extend(namespace.run(peers)?);
         }
-        let look = |place: Place| match alive.get(&place.cookie) {
-            None => Some((place, false)),
-            Some(peer) => (place.backend != 0 && *peer != place.peer).then_some((place, true)),
-        };
-        Ok(places.into_iter().filter_map(look).collect())
+        // An older list says nothing of a socket that has dialled or ended meanwhile.
+        places.retain(|place| self.sockets.is_unchanged(place));
+        Ok((places, sockets))
     }
 
     /// Says once that something does not work here.
@@ -221,12 +269,20 @@ impl Upkeep {
     }
 }
 
-/// The sockets in the namespace of the calling thread, by their cookies, and their peers.
-fn peers() -> io::Result<HashMap<u64, Endpoint>> {
-    let mut peers = HashMap::new();
+/// Places that do not fit their sockets, and whether these are alive.
+fn wrong(places: Vec<Place>, sockets: &Peers) -> impl Iterator<Item = (Place, bool)> {
+    places.into_iter().filter_map(|place| match sockets.get(&place.cookie) {
+        None => Some((place, false)),
+        Some((_, peer)) => (place.backend != 0 && *peer != place.peer).then_some((place, true)),
+    })
+}
+
+/// The sockets in the namespace of the calling thread.
+fn peers() -> io::Result<Peers> {
+    let mut peers = Peers::new();
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         let sockets = sockets::list(protocol.number())?;
-        peers.extend(sockets.iter().map(|socket| (socket.cookie(), socket.peer())));
+        peers.extend(sockets.iter().map(|socket| (socket.cookie(), (protocol, socket.peer()))));
     }
     Ok(peers)
 }
@@ -251,10 +307,11 @@ fn close(left: &HashMap<u64, Place>) -> io::Result<Vec<Place>> {
 /// Removes the routes of the daemon with these pins, from every namespace.
 pub fn cleanup(pins: &Pins) -> io::Result<()> {
     let priority = priority(pins);
-    for namespace in netns::all()? {
+    let (namespaces, complete) = netns::all();
+    for namespace in namespaces {
         namespace.run(|| routes::refuse(&[], priority))?;
     }
-    Ok(())
+    complete
 }
 
 /// Each daemon has routes of its own, told apart by its pin folder.

@@ -13,7 +13,7 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::{free_address, wait_until};
+use crate::{Dialogue, free_address, netns::Host, wait_until};
 
 /// Serves until the test ends.
 pub struct Server {
@@ -60,6 +60,24 @@ impl Server {
         Self { address, hits }
     }
 
+    /// A TCP server on 127.0.0.1 that greets its clients with one byte, and keeps their connections open.
+    pub fn keeping() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let hits = Arc::new(AtomicU64::new(0));
+        let counter = hits.clone();
+        thread::spawn(move || {
+            let mut kept = Vec::new();
+            for stream in listener.incoming() {
+                counter.fetch_add(1, Ordering::Relaxed);
+                let mut stream = stream.unwrap();
+                let _ = stream.write_all(b"x");
+                kept.push(stream);
+            }
+        });
+        Self { address, hits }
+    }
+
     pub fn port(&self) -> u16 {
         self.address.port()
     }
@@ -68,6 +86,30 @@ impl Server {
     pub fn hits(&self) -> u64 {
         self.hits.load(Ordering::Relaxed)
     }
+}
+
+/// A TCP server at port 8080 of a host. A Python statement says what becomes of each connection `s`
+/// that came from `source`; the list `kept` keeps it open.
+pub fn on(host: &Host, act: &str) -> Dialogue {
+    let program = format!(
+        r#"
+import socket, sys, threading
+listener, kept = socket.create_server(("{}", 8080)), []
+def serve():
+    while True:
+        s, source = listener.accept()
+        {act}
+threading.Thread(target=serve, daemon=True).start()
+print("up", flush=True)
+sys.stdin.readline()
+"#,
+        host.address
+    );
+    let mut server = host.command("python3");
+    server.args(["-c", &program]);
+    let mut server = Dialogue::start(server);
+    assert_eq!(server.hear(), "up");
+    server
 }
 
 /// A real name server, dnsmasq, on 127.0.0.1. It knows one name.

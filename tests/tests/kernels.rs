@@ -18,11 +18,15 @@ const MODULES: [&str; 8] =
     ["virtio_pci", "virtiofs", "overlay", "veth", "bridge", "tcp_diag", "udp_diag", "mptcp_diag"];
 
 /// Tests of the datapath. What is about the rest of the daemon does not depend on the kernel.
-const TESTS: [&str; 5] = ["connect::", "datagram::", "eject::", "left::", "policy::every_socket"];
+const TESTS: [&str; 6] = ["connect::", "datagram::", "eject::", "left::", "policy::every_socket", "routes::"];
 
 /// These race with short times, which emulation cannot keep.
-const NOT_EMULATED: [&str; 2] =
-    ["left::a_backend_that_comes_back_in_time", "eject::one_connect_tries_it_again"];
+const NOT_EMULATED: [&str; 4] = [
+    "left::a_backend_that_comes_back_in_time",
+    "left::a_backend_that_gets_the_id",
+    "left::a_restart_keeps_the_drain_times",
+    "eject::one_connect_tries_it_again",
+];
 
 /// The guest's first program. Its root is the host's, read through virtiofs; what it writes is
 /// gone with it.

@@ -21,6 +21,11 @@ impl Netlink {
         Ok(Self(socket))
     }
 
+    /// From now on what a request for a list says narrows the list, where the kernel can do that.
+    pub(super) fn filter(&self) -> io::Result<()> {
+        self.0.set_netlink_get_strict_chk(true)
+    }
+
     /// Asks for something to be done.
     pub(super) fn ask(&self, request: impl NetlinkSerializable, flags: u16) -> io::Result<()> {
         self.send(request, NLM_F_ACK | flags)?;
@@ -32,15 +37,17 @@ impl Netlink {
         }
     }
 
-    /// Everything the kernel tells; where the list keeps changing, what was told last.
-    pub(super) fn list<T: NetlinkDeserializable>(
+    /// What `keep` makes of everything the kernel tells; where the list keeps changing, of what was
+    /// told last.
+    pub(super) fn list<T: NetlinkDeserializable, U>(
         &self,
         request: &(impl NetlinkSerializable + Clone),
-    ) -> io::Result<Vec<T>> {
+        keep: impl Fn(T) -> Option<U>,
+    ) -> io::Result<Vec<U>> {
         let mut list = Vec::new();
         for _ in 0..TRIES {
             list.clear();
-            if self.dump(request.clone(), &mut list)? {
+            if self.dump(request.clone(), |told| list.extend(keep(told)))? {
                 break;
             }
         }
@@ -51,7 +58,7 @@ impl Netlink {
     fn dump<T: NetlinkDeserializable>(
         &self,
         request: impl NetlinkSerializable,
-        list: &mut Vec<T>,
+        mut take: impl FnMut(T),
     ) -> io::Result<bool> {
         self.send(request, NLM_F_DUMP)?;
         let mut steady = true;
@@ -62,7 +69,7 @@ impl Netlink {
                 let message = NetlinkMessage::<T>::deserialize(rest).map_err(invalid)?;
                 steady &= message.header.flags & NLM_F_DUMP_INTR == 0;
                 match message.payload {
-                    NetlinkPayload::InnerMessage(inner) => list.push(inner),
+                    NetlinkPayload::InnerMessage(inner) => take(inner),
                     NetlinkPayload::Done(_) => return Ok(steady),
                     NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
                     _ => {}

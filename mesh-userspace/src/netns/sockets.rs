@@ -40,11 +40,13 @@ pub fn list(protocol: u8) -> io::Result<Vec<Socket>> {
     let mut sockets = Vec::new();
     for family in [AF_INET, AF_INET6] {
         let id = if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() };
-        for message in netlink.list::<SockDiagMessage>(&request(family, protocol, id))? {
-            if let SockDiagMessage::InetResponse(response) = message {
-                sockets.push(Socket { family, protocol, id: response.header.socket_id });
+        let socket = |message| match message {
+            SockDiagMessage::InetResponse(response) => {
+                Some(Socket { family, protocol, id: response.header.socket_id })
             }
-        }
+            _ => None,
+        };
+        sockets.extend(netlink.list(&request(family, protocol, id), socket)?);
     }
     Ok(sockets)
 }

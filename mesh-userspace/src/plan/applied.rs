@@ -154,16 +154,16 @@ impl Applied {
         Some((frontend.protocol, *endpoint))
     }
 
-    /// Whether some service has a backend there.
-    pub fn has(&self, protocol: u8, endpoint: &Endpoint) -> bool {
-        let services = self.frontends.iter().filter(|(frontend, _)| frontend.protocol == protocol);
-        let mut services = services.filter_map(|(_, id)| self.services.get(id));
-        services.any(|service| service.backends.contains_key(endpoint))
+    /// The backends of every service, with its protocol.
+    pub fn endpoints(&self) -> impl Iterator<Item = (u8, Endpoint)> {
+        let services =
+            self.frontends.iter().filter_map(|(frontend, id)| Some((frontend, self.services.get(id)?)));
+        services.flat_map(|(frontend, service)| service.backends.keys().map(|at| (frontend.protocol, *at)))
     }
 
-    /// Ids of backends that are gone, but that sockets are still counted on.
-    pub fn resting(&self) -> impl Iterator<Item = u32> {
-        self.resting.iter().copied()
+    /// Whether an id's backend is gone, but sockets are still counted on it.
+    pub fn is_resting(&self, id: u32) -> bool {
+        self.resting.contains(&id)
     }
 
     /// The id of a frontend's backend.

@@ -1,12 +1,10 @@
-//! Sockets left behind on backends that are gone, and what no hook translates.
-
-use std::process::Command;
+//! Sockets left behind on backends that are gone.
 
 use mesh_tests::{
     Dialogue, Mesh, datagram_service,
     netns::{Host, Network},
-    server::Server,
-    service, text, wait_until,
+    server::{self, Server},
+    service, wait_until,
 };
 
 const VIP: &str = "127.128.13.1";
@@ -46,24 +44,9 @@ t.close(); u.close(); free.close(); plain.close()
 print("rest untouched", flush=True)
 "#;
 
-/// The server keeps its connections open.
-fn keeper(address: &str) -> std::net::SocketAddr {
-    let listener = std::net::TcpListener::bind(address).unwrap();
-    let address = listener.local_addr().unwrap();
-    std::thread::spawn(move || {
-        let mut all = Vec::new();
-        for stream in listener.incoming() {
-            let mut stream = stream.unwrap();
-            let _ = std::io::Write::write_all(&mut stream, b"x");
-            all.push(stream);
-        }
-    });
-    address
-}
-
 #[test]
 fn connected_sockets_to_a_removed_backend_are_closed_after_its_drain_time() {
-    let tcp = keeper("127.0.0.1:0");
+    let tcp = Server::keeping();
     let udp = Server::datagrams("x", "127.0.0.1:0");
     let services = service("t", 80, VIP, &[("127.0.0.1", tcp.port())])
         + &datagram_service("u", 81, VIP, &[("127.0.0.1", udp.port())]);
@@ -90,25 +73,6 @@ fn connected_sockets_to_a_removed_backend_are_closed_after_its_drain_time() {
     assert!(["udp EDESTADDRREQ", "udp ENOTCONN", "udp ECONNABORTED"].contains(&client.hear().as_str()));
     assert_eq!(client.hear(), "rest untouched");
     assert!(client.end().success());
-}
-
-/// A server that accepts one connection and says nothing.
-fn accepting(host: &Host) -> Dialogue {
-    let program = format!(
-        r#"
-import socket, sys
-s = socket.create_server(("{}", 8080))
-print("up", flush=True)
-c, _ = s.accept()
-sys.stdin.readline()
-"#,
-        host.address
-    );
-    let mut server = host.command("python3");
-    server.args(["-c", &program]);
-    let mut server = Dialogue::start(server);
-    assert_eq!(server.hear(), "up");
-    server
 }
 
 /// A client that has sent something, waits for an answer, and says how that ends.
@@ -138,7 +102,7 @@ fn sockets_in_other_namespaces_are_closed_too_also_after_a_restart() {
     let network = Network::new();
     let (client, server) = (network.host(), network.host());
     let mut mesh = Mesh::start(&drained(&service("t", 80, VIP, &[(&server.address, 8080)])));
-    let listening = accepting(&server);
+    let listening = server::on(&server, "kept.append(s)");
     let mut client = waiting(&mesh, &client);
     mesh.kill();
     mesh.write(&drained(&service("t", 80, VIP, &[])));
@@ -154,7 +118,7 @@ fn a_connection_to_a_backend_that_fell_silent_ends_when_the_registry_drops_it() 
     let network = Network::new();
     let (client, server) = (network.host(), network.host());
     let mesh = Mesh::start(&drained(&service("t", 80, VIP, &[(&server.address, 8080)])));
-    let listening = accepting(&server);
+    let listening = server::on(&server, "kept.append(s)");
     let mut client = waiting(&mesh, &client);
     server.unplug();
     mesh.write(&drained(&service("t", 80, VIP, &[])));
@@ -164,52 +128,144 @@ fn a_connection_to_a_backend_that_fell_silent_ends_when_the_registry_drops_it() 
     listening.end();
 }
 
-#[test]
-fn a_backend_that_comes_back_in_time_keeps_its_sockets() {
-    let tcp = keeper("127.0.0.1:0");
-    let with = drained(&service("t", 80, VIP, &[("127.0.0.1", tcp.port())]));
-    let mesh = Mesh::start(&with);
+/// A socket each at these ports of the VIP, and whether they are open as often as it is asked.
+fn sockets_at(mesh: &Mesh, ports: &[u16]) -> Dialogue {
     let program = format!(
-        "import socket, sys\ns = socket.create_connection((\"{VIP}\", 80), 5)\ns.recv(9)\nprint(\"up\", flush=True)\n\
-         sys.stdin.readline()\ns.send(b\"x\")\ns.setblocking(False)\ntry:\n    s.recv(9)\nexcept BlockingIOError:\n    print(\"open\", flush=True)"
+        r#"
+import socket, sys
+sockets = [socket.create_connection(("{VIP}", port), 5) for port in {ports:?}]
+for s in sockets:
+    s.recv(9)
+    s.setblocking(False)
+def state(s):
+    try:
+        s.recv(9)
+    except BlockingIOError:
+        return "open"
+    except OSError:
+        pass
+    return "closed"
+print("up", flush=True)
+for _ in sys.stdin:
+    print(*map(state, sockets), flush=True)
+"#
+    );
+    let mut client = mesh.dialogue(&program);
+    assert_eq!(client.hear(), "up");
+    client
+}
+
+fn states(client: &mut Dialogue) -> String {
+    client.go_on();
+    client.hear()
+}
+
+/// Services at ports from 80 on, each with a drain time and one backend or, without a port, none.
+fn draining(services: &[(&str, Option<u16>)]) -> String {
+    let service = |(place, (drain, port)): (u16, &(&str, Option<u16>))| {
+        let instances: Vec<_> = port.iter().map(|port| ("127.0.0.1", *port)).collect();
+        service(&format!("s{place}"), 80 + place, VIP, &instances)
+            .replace("policy", &format!("drain = {drain:?}\npolicy"))
+    };
+    (0..).zip(services).map(service).collect()
+}
+
+#[test]
+fn a_backend_that_comes_back_in_time_keeps_its_sockets_until_it_leaves_for_good() {
+    let (one, other) = (Server::keeping(), Server::keeping());
+    let text = |there: [bool; 2]| {
+        draining(&[("3s", there[0].then(|| one.port())), ("3s", there[1].then(|| other.port()))])
+    };
+    let mesh = Mesh::start(&text([true, true]));
+    let mut client = sockets_at(&mesh, &[80, 81]);
+    let wait = |port: u16, count| mesh.wait_for_backends(&format!("{VIP}:{port}"), count);
+    mesh.write(&text([false, false]));
+    wait(80, 0);
+    mesh.write(&text([true, false]));
+    wait(80, 1);
+    // Both were due at the same time.
+    wait_until("the other one's socket is closed", || states(&mut client) == "open closed");
+    mesh.write(&text([false, false]));
+    wait(80, 0);
+    // Its id is not the one that the socket is counted on.
+    wait_until("its socket is closed as well", || states(&mut client) == "closed closed");
+    assert!(client.end().success());
+}
+
+#[test]
+fn a_restart_keeps_the_drain_times_and_what_is_back() {
+    let servers = [Server::keeping(), Server::keeping(), Server::keeping()];
+    let text = |there: [bool; 3]| {
+        let port = |n: usize| there[n].then(|| servers[n].port());
+        draining(&[("3s", port(0)), ("4s", port(1)), ("1h", port(2))])
+    };
+    let mut mesh = Mesh::start(&text([true; 3]));
+    let mut client = sockets_at(&mesh, &[80, 81, 82]);
+    mesh.write(&text([false; 3]));
+    wait_until("they are gone", || mesh.used("BACKENDS") == 0);
+    mesh.kill();
+    assert_eq!(states(&mut client), "open open open");
+    mesh.write(&text([true, false, false]));
+    mesh.launch();
+    mesh.ready();
+    mesh.wait_for_backends(&format!("{VIP}:80"), 1);
+    // The first one's time was over before.
+    wait_until("one is closed, and only that", || states(&mut client) == "open closed open");
+    mesh.write(&text([false; 3]));
+    wait_until("the one that was back has gone for good", || states(&mut client) == "closed closed open");
+    assert!(client.end().success());
+}
+
+#[test]
+fn a_socket_in_a_namespace_that_only_a_thread_is_in_is_closed_too() {
+    let mesh = Mesh::start(&drained(&service("t", 80, VIP, &[("127.0.0.1", 8080)])));
+    let program = format!(
+        r#"
+import ctypes, errno, fcntl, socket, struct, threading
+def run():
+    CLONE_NEWNET, SIOCSIFFLAGS, IFF_UP = 0x40000000, 0x8914, 1
+    assert ctypes.CDLL(None).unshare(CLONE_NEWNET) == 0
+    with socket.socket() as s:
+        fcntl.ioctl(s, SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", IFF_UP))
+    listener = socket.create_server(("127.0.0.1", 8080))
+    s = socket.create_connection(("{VIP}", 80), 5)
+    print("up", flush=True)
+    s.settimeout(40)
+    try:
+        s.recv(9)
+    except OSError as error:
+        print(errno.errorcode.get(error.errno, error), flush=True)
+thread = threading.Thread(target=run)
+thread.start()
+thread.join()
+"#
     );
     let mut client = mesh.dialogue(&program);
     assert_eq!(client.hear(), "up");
     mesh.write(&drained(&service("t", 80, VIP, &[])));
-    mesh.wait_for_backends(&format!("{VIP}:80"), 0);
-    mesh.write(&with);
-    mesh.wait_for_backends(&format!("{VIP}:80"), 1);
-    std::thread::sleep(std::time::Duration::from_millis(800));
-    client.go_on();
-    assert_eq!(client.hear(), "open");
-    client.end();
+    assert_eq!(client.hear(), "ECONNABORTED");
+    assert!(client.end().success());
 }
 
 #[test]
 fn a_backend_that_gets_the_id_of_one_that_left_keeps_its_sockets() {
-    let (first, second) = (keeper("127.0.0.1:0"), keeper("127.0.0.1:0"));
-    let text = |instances: &[(&str, u16)]| {
-        service("t", 80, VIP, instances).replace("policy", "drain = \"2s\"\npolicy")
-    };
-    let mesh = Mesh::start(&text(&[("127.0.0.1", first.port())]));
+    let (first, second, other) = (Server::keeping(), Server::keeping(), Server::keeping());
+    let text = |port: Option<u16>, other: Option<u16>| draining(&[("3s", port), ("3s", other)]);
+    let mesh = Mesh::start(&text(Some(first.port()), Some(other.port())));
     let id = || mesh.json(&["backend", "list"])[0]["id"].clone();
-    let frontend = format!("{VIP}:80");
+    let wait = |port: u16, count| mesh.wait_for_backends(&format!("{VIP}:{port}"), count);
     let before = id();
-    mesh.write(&text(&[]));
-    mesh.wait_for_backends(&frontend, 0);
-    mesh.write(&text(&[("127.0.0.1", second.port())]));
-    mesh.wait_for_backends(&frontend, 1);
+    let mut witness = sockets_at(&mesh, &[81]);
+    mesh.write(&text(None, None));
+    wait(80, 0);
+    mesh.write(&text(Some(second.port()), None));
+    wait(80, 1);
     assert_eq!(id(), before, "it has the id of the one before");
-    let program = format!(
-        "import socket, sys\ns = socket.create_connection((\"{VIP}\", 80), 5)\ns.recv(9)\nprint(\"up\", flush=True)\n\
-         sys.stdin.readline()\ns.setblocking(False)\ntry:\n    s.recv(9)\nexcept BlockingIOError:\n    print(\"open\", flush=True)"
-    );
-    let mut client = mesh.dialogue(&program);
-    assert_eq!(client.hear(), "up");
-    std::thread::sleep(std::time::Duration::from_millis(3500));
-    client.go_on();
-    assert_eq!(client.hear(), "open");
-    client.end();
+    let mut client = sockets_at(&mesh, &[80]);
+    // Both were due at the same time.
+    wait_until("the time of those that left is over", || states(&mut witness) == "closed");
+    assert_eq!(states(&mut client), "open");
+    assert!(client.end().success() && witness.end().success());
 }
 
 #[test]
@@ -245,86 +301,9 @@ sys.stdin.readline()
     wait_until("none is", || active() == 0);
 }
 
-/// What a socket outside the hooks, or of a kind that has none, gets for a VIP: an error, at once.
-const PROBES: &str = r#"
-import errno, socket, struct
-UDPLITE = 136
-def probe(name, make, act):
-    try:
-        s = make()
-    except OSError:
-        print(name, "EHOSTUNREACH")
-        return
-    s.settimeout(5)
-    try:
-        act(s); print(name, "went through")
-    except OSError as error:
-        print(name, errno.errorcode.get(error.errno, error))
-for family, vip in ((socket.AF_INET, "127.128.13.1"), (socket.AF_INET6, "fd00:6d65:7368::1")):
-    icmp = socket.IPPROTO_ICMP if family == socket.AF_INET else socket.IPPROTO_ICMPV6
-    echo = struct.pack("!BBHHH", 8 if family == socket.AF_INET else 128, 0, 0, 1, 1)
-    probe("udplite", lambda: socket.socket(family, socket.SOCK_DGRAM, UDPLITE), lambda s: s.connect((vip, PORT)))
-    probe("udplite-sendto", lambda: socket.socket(family, socket.SOCK_DGRAM, UDPLITE), lambda s: s.sendto(b"x", (vip, PORT)))
-    probe("raw", lambda: socket.socket(family, socket.SOCK_RAW, icmp), lambda s: s.sendto(echo, (vip, 0)))
-    if OUTSIDE:
-        probe("tcp", lambda: socket.socket(family), lambda s: s.connect((vip, PORT)))
-        probe("udp", lambda: socket.socket(family, socket.SOCK_DGRAM), lambda s: s.sendto(b"x", (vip, PORT)))
-"#;
-
-#[test]
-fn what_cannot_be_translated_fails_at_once_and_locally() {
-    // Somebody listens on all addresses.
-    let everywhere = Server::start_at("everywhere", "0.0.0.0:0");
-    let server = Server::start("echo");
-    let mut mesh = Mesh::start(&service("echo", 80, VIP, &[("127.0.0.1", server.port())]));
-    let refused = |output: std::process::Output| {
-        assert!(output.status.success(), "{}", text(&output));
-        let lines = String::from_utf8(output.stdout).unwrap();
-        assert!(lines.lines().count() >= 6, "{lines}");
-        let errors = ["EHOSTUNREACH", "ENETUNREACH", "ECONNREFUSED"];
-        lines.lines().all(|line| errors.iter().any(|error| line.ends_with(error)))
-    };
-    let probes = |outside: &str| format!("OUTSIDE, PORT = {outside}, {}\n{PROBES}", everywhere.port());
-    wait_until("outside the cgroup", || {
-        refused(Command::new("python3").args(["-c", &probes("True")]).output().unwrap())
-    });
-    let before = everywhere.hits();
-    assert!(refused(mesh.inside("python3").args(["-c", &probes("False")]).output().unwrap()));
-
-    // In a task's own namespace as soon as it has been seen.
-    let network = Network::new();
-    let host = network.host();
-    let mut task = mesh.on(&host, "sleep").arg("60").spawn().unwrap();
-    wait_until("in the namespace", || {
-        refused(host.command("python3").args(["-c", &probes("True")]).output().unwrap())
-    });
-    task.kill().unwrap();
-    task.wait().unwrap();
-    assert_eq!(everywhere.hits(), before);
-
-    // It goes with the rest, and takes no other daemon's along.
-    let routes = |host: Option<&Host>| {
-        let args = ["route", "show", "table", "local", "proto", "109"];
-        let output = match host {
-            Some(host) => host.command("ip").args(args).output().unwrap(),
-            None => Command::new("ip").args(args).output().unwrap(),
-        };
-        String::from_utf8(output.stdout).unwrap()
-    };
-    let other = Mesh::start("");
-    let before = routes(None);
-    assert!(before.contains("unreachable 127.128.0.0/10"), "{before}");
-    wait_until("the other daemon has its own", || routes(None).lines().count() >= 2);
-    mesh.stop();
-    assert!(mesh.cleanup().status.success());
-    assert_eq!(routes(Some(&host)), "");
-    assert!(routes(None).contains("unreachable 127.128.0.0/10"));
-    drop(other);
-}
-
 #[test]
 fn a_socket_that_ended_unseen_is_taken_off_the_count() {
-    let tcp = keeper("127.0.0.1:0");
+    let tcp = Server::keeping();
     let mut mesh = Mesh::start(&service("t", 80, VIP, &[("127.0.0.1", tcp.port())]));
     let client = |count: usize| {
         format!(

@@ -3,7 +3,7 @@
 use mesh_tests::{
     Dialogue, Mesh, datagram_service, free_address,
     netns::{Host, Network},
-    server::Server,
+    server::{self, Server},
     service, text, wait_until,
 };
 
@@ -19,27 +19,7 @@ fn run(mesh: &Mesh, host: &Host, program: &str) -> String {
 
 /// A server on a host that tells each client its address.
 fn telling(host: &Host) -> Dialogue {
-    let program = format!(
-        r#"
-import socket, sys, threading
-l = socket.create_server(("{}", 8080))
-def serve():
-    while True:
-        s, source = l.accept()
-        s.send(source[0].encode())
-        s.shutdown(socket.SHUT_WR)
-        s.recv(9)
-threading.Thread(target=serve, daemon=True).start()
-print("up", flush=True)
-sys.stdin.readline()
-"#,
-        host.address
-    );
-    let mut server = host.command("python3");
-    server.args(["-c", &program]);
-    let mut server = Dialogue::start(server);
-    assert_eq!(server.hear(), "up");
-    server
+    server::on(host, "s.send(source[0].encode()); s.shutdown(socket.SHUT_WR); kept.append(s)")
 }
 
 #[test]
