@@ -10,7 +10,8 @@ use std::{
     sync::{Arc, RwLock, atomic::AtomicBool, atomic::Ordering, mpsc},
 };
 
-use anyhow::{Context, anyhow};
+use anyhow::{Context, anyhow, bail};
+use ipnet::IpNet;
 use tokio::{
     runtime::Handle,
     signal::unix::{Signal, SignalKind, signal},
@@ -23,6 +24,7 @@ use crate::{
     catalog::{Catalog, vip::Vips},
     config::{self, Config, Registry},
     datapath::{self, Datapath, Pins},
+    netns::routes,
     plan::Applied,
     reconcile::{Reconciler, Report},
     registry::{self, Publisher, State, file::Source},
@@ -58,6 +60,7 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         tracing::warn!("this version does not act on [{table}] yet");
     }
     let cgroup = config.node.cgroup()?;
+    check_ranges(&config.rules.vip_ranges)?;
     let options = datapath::Options {
         cgroup: cgroup.clone(),
         pin_dir: config.node.pin_dir.clone(),
@@ -125,6 +128,18 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
     let _ = std::fs::remove_file(socket_path);
     tracing::info!("mesh stops; the datapath stays in place (`mesh cleanup` removes it)");
     end
+}
+
+/// The VIP ranges are made unreachable for what is not translated. That must not take a network
+/// from the node; a part of a wider one may have been set aside for VIPs.
+fn check_ranges(ranges: &[IpNet]) -> anyhow::Result<()> {
+    for overlap in routes::overlaps(ranges).context("cannot list the routes of this node")? {
+        if overlap.whole {
+            bail!("{overlap}; set other ranges");
+        }
+        tracing::warn!("{overlap}: what has an address there cannot be reached");
+    }
+    Ok(())
 }
 
 struct Signals {

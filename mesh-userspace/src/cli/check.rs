@@ -21,6 +21,7 @@ use crate::{
     api::{client, objects::Status},
     config::{self, Config},
     datapath::{self, Pins, mounts},
+    netns::{self, routes},
     registry::{self, Sync},
 };
 
@@ -77,6 +78,7 @@ pub(super) fn run(
             node(&config, &mut findings);
             let running = ask_status(&socket.unwrap_or_else(|| config.api.socket.clone()));
             ports(&config, running.is_ok(), &mut findings);
+            ranges(&config, &mut findings);
             registries(&config, &mut findings);
             if !pre {
                 daemon(running, &mut findings);
@@ -123,6 +125,7 @@ fn node(config: &Config, findings: &mut Vec<Finding>) {
             fail("cgroup2", error.to_string(), "mount cgroup2, or set node.cgroup to a directory of one")
         }
     });
+    findings.extend(pid_namespace());
     findings.extend(config.node.cgroup().ok().and_then(|cgroup| others(config, &cgroup)));
     let pin_dir = &config.node.pin_dir;
     findings.push(if mounts::is_bpffs(pin_dir) {
@@ -140,6 +143,18 @@ fn node(config: &Config, findings: &mut Vec<Finding>) {
         "sandboxes",
         "tasks with a kernel of their own (gVisor, Kata, Firecracker) open no sockets in this one: they are not translated",
     ));
+}
+
+/// Tasks are found by their processes.
+fn pid_namespace() -> Option<Finding> {
+    let text = match netns::is_host_pid_namespace() {
+        Ok(true) => return None,
+        Ok(false) => "not the host's PID namespace".to_owned(),
+        Err(error) => format!("cannot see the PID namespace: {error}"),
+    };
+    let rest = "sockets of tasks that it hides are not closed after their drain time, and their namespaces \
+                get no routes: run with the host's (docker --pid=host, Kubernetes hostPID)";
+    Some(note("processes", format!("{text}; {rest}")))
 }
 
 /// Programs of others at the same hooks: they see what ours have rewritten, or rewrite first.
@@ -160,6 +175,25 @@ fn ports(config: &Config, running: bool, findings: &mut Vec<Finding>) {
         Err(error) => {
             fail("ports", format!("web.listen {}: {error}", config.web.listen), "set another web.listen")
         }
+    });
+}
+
+/// Whether the routes that refuse the VIP ranges would take a network from the node.
+fn ranges(config: &Config, findings: &mut Vec<Finding>) {
+    let overlaps = match routes::overlaps(&config.rules.vip_ranges) {
+        Ok(overlaps) => overlaps,
+        Err(error) => {
+            return findings
+                .push(note("vip ranges", format!("cannot list the routes of this node: {error}")));
+        }
+    };
+    let (whole, parts): (Vec<_>, Vec<_>) = overlaps.iter().partition(|overlap| overlap.whole);
+    for overlap in parts {
+        findings.push(note("vip ranges", format!("{overlap}: what has an address there cannot be reached")));
+    }
+    findings.push(match whole.first() {
+        Some(overlap) => fail("vip ranges", overlap.to_string(), "set other [vip] ranges"),
+        None => ok("vip ranges", "take no network from this node"),
     });
 }
 

@@ -13,6 +13,7 @@ mod left;
 mod load;
 mod matrix;
 mod policy;
+mod routes;
 mod servers;
 mod sockets;
 mod storm;
