@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// The layout's version.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The most `[vip] ranges` a node can have: the kernel checks each before any look-up.
 pub const MAX_VIP_RANGES: usize = 8;
@@ -51,6 +51,12 @@ impl Port {
     pub const fn from_remote_port(remote_port: u32) -> Self {
         let [_, _, high, low] = remote_port.to_ne_bytes();
         Self(u16::from_ne_bytes([high, low]))
+    }
+
+    /// As it is in memory, for the kernel's own structures.
+    #[inline(always)]
+    pub const fn bits(self) -> u16 {
+        self.0
     }
 
     /// For `bpf_sock_addr.user_port`.
@@ -270,6 +276,14 @@ pub struct Origin {
     pub backend: u32,
 }
 
+impl Origin {
+    /// Whether both were dialled at the same address.
+    #[inline(always)]
+    pub fn is_of(&self, other: &Self) -> bool {
+        self.vip_port == other.vip_port && self.vip == other.vip
+    }
+}
+
 /// What is known of a socket that is connected to a VIP or, with `held` at zero, has sent it a
 /// datagram: value of `CONNECTIONS` and of `ORIGIN`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -415,6 +429,68 @@ impl AffinityWord {
     }
 }
 
+/// The IP protocol number of TCP.
+pub const IPPROTO_TCP: u8 = 6;
+
+/// Key of `NAMESERVERS`: a network namespace, by its cookie, and a family of addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(C)]
+pub struct Namespace {
+    pub cookie: u64,
+    family: u64,
+}
+
+impl Namespace {
+    #[inline(always)]
+    pub const fn new(cookie: u64, is_v4: bool) -> Self {
+        Self { cookie, family: if is_v4 { 4 } else { 6 } }
+    }
+}
+
+/// Value of `NAMESERVERS`: where the daemon listens for queries; a port of zero is nowhere. Changed
+/// only by a whole new entry.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct NameServer {
+    pub address: Address,
+    pub port: Port,
+    zero: u16,
+    /// The daemon's own, whose queries go where they are sent.
+    pub process: u32,
+}
+
+impl NameServer {
+    pub const fn new(address: Address, port: Port, process: u32) -> Self {
+        Self { address, port, zero: 0, process }
+    }
+}
+
+/// How many network namespaces the daemon listens in at most, twice: once for each family.
+pub const MAX_NAMESERVERS: usize = 8192;
+
+/// Entry of `SIGHTS`: a first query from a network namespace that the daemon does not listen in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct Sight {
+    pub cookie: u64,
+    /// Of the asker.
+    pub process: u32,
+    zero: u32,
+}
+
+impl Sight {
+    #[inline(always)]
+    pub const fn new(cookie: u64, process: u32) -> Self {
+        Self { cookie, process, zero: 0 }
+    }
+
+    /// From the bytes of an entry.
+    pub fn from_bytes(bytes: [u8; size_of::<Self>()]) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j, k, l, ..] = bytes;
+        Self::new(u64::from_ne_bytes([a, b, c, d, e, f, g, h]), u32::from_ne_bytes([i, j, k, l]))
+    }
+}
+
 /// How many VIPs an unconnected UDP socket can talk to at a time, besides its first.
 pub const MAX_PEERS: usize = 8;
 
@@ -439,6 +515,7 @@ const _: () = {
     assert!(size_of::<HealthWord>() == 8 && size_of::<AffinityWord>() == 8);
     assert!(size_of::<Client>() == 16 && SETS.is_power_of_two());
     assert!(size_of::<Prefix>() == 32);
+    assert!(size_of::<Namespace>() == 16 && size_of::<NameServer>() == 24 && size_of::<Sight>() == 16);
     assert!(size_of::<ServiceWord>() == 8 && size_of::<SlotWord>() == 8);
 };
 
@@ -459,7 +536,9 @@ pub mod map {
     pub const ORIGIN: &str = "ORIGIN";
     pub const PEERS: &str = "PEERS";
     pub const STATS: &str = "STATS";
-    pub const ALL: [&str; 15] = [
+    pub const NAMESERVERS: &str = "NAMESERVERS";
+    pub const SIGHTS: &str = "SIGHTS";
+    pub const ALL: [&str; 17] = [
         FRONTENDS,
         SERVICES,
         SETTINGS,
@@ -475,13 +554,15 @@ pub mod map {
         ORIGIN,
         PEERS,
         STATS,
+        NAMESERVERS,
+        SIGHTS,
     ];
 }
 
 #[cfg(feature = "user")]
 #[expect(unsafe_code, reason = "aya's marker for types that may cross the border")]
 mod pod {
-    use super::{Backend, Client, Frontend, Prefix};
+    use super::{Backend, Client, Frontend, NameServer, Namespace, Prefix};
 
     // SAFETY: repr(C), integer fields only, no padding (sizes asserted above), any bytes valid.
     unsafe impl aya::Pod for Frontend {}
@@ -491,6 +572,10 @@ mod pod {
     unsafe impl aya::Pod for Client {}
     // SAFETY: as above.
     unsafe impl aya::Pod for Prefix {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Namespace {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for NameServer {}
 }
 
 #[cfg(test)]

@@ -2,7 +2,8 @@
 
 /// One outcome, one counter in `STATS`, one verdict.
 ///
-/// An address outside the VIP ranges has no outcome: it passes untouched and uncounted.
+/// An address outside the VIP ranges has no outcome, unless it is a name server's: it passes untouched and
+/// uncounted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Outcome {
@@ -18,6 +19,8 @@ pub enum Outcome {
     BadTable = 4,
     /// A datagram, to the backend that its socket already has for this VIP.
     Continued = 5,
+    /// A query to a name server, to the daemon.
+    Answered = 6,
 }
 
 /// What the kernel is told.
@@ -31,19 +34,20 @@ pub enum Verdict {
 
 impl Outcome {
     /// Every outcome, in the order of the counters.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Translated,
         Self::OriginLost,
         Self::NoFrontend,
         Self::NoBackend,
         Self::BadTable,
         Self::Continued,
+        Self::Answered,
     ];
 
     #[inline(always)]
     pub const fn verdict(self) -> Verdict {
         match self {
-            Self::Translated | Self::OriginLost | Self::Continued => Verdict::Allow,
+            Self::Translated | Self::OriginLost | Self::Continued | Self::Answered => Verdict::Allow,
             Self::NoFrontend | Self::NoBackend | Self::BadTable => Verdict::Refuse,
         }
     }
@@ -57,6 +61,7 @@ impl Outcome {
             Self::NoBackend => "no_backend",
             Self::BadTable => "bad_table",
             Self::Continued => "continued",
+            Self::Answered => "answered",
         }
     }
 }

@@ -11,6 +11,7 @@ mod context;
 mod forward;
 mod health;
 mod maps;
+mod names;
 mod sockets;
 
 use aya_ebpf::{

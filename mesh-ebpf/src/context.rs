@@ -7,7 +7,9 @@ use core::{
 
 use aya_ebpf::{
     bindings::bpf_sock_addr,
-    helpers::generated::{bpf_get_socket_cookie, bpf_set_retval, bpf_skc_to_mptcp_sock},
+    helpers::generated::{
+        bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval, bpf_skc_to_mptcp_sock,
+    },
     programs::SockAddrContext,
 };
 use mesh_common::{
@@ -79,12 +81,29 @@ impl<const V4: bool> Hook<V4> {
         Port::from_user_port(read!(self.raw(), user_port))
     }
 
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "IP protocols are one byte; MPTCP shows 6 here")]
+    pub(crate) fn protocol(&self) -> u8 {
+        read!(self.raw(), protocol) as u8
+    }
+
     /// What the call dials, as a key of `FRONTENDS`.
     #[inline(always)]
     pub(crate) fn frontend(&self, address: Address) -> Frontend {
-        #[expect(clippy::cast_possible_truncation, reason = "IP protocols are one byte; MPTCP shows 6 here")]
-        let protocol = read!(self.raw(), protocol) as u8;
-        Frontend::new(address, self.port(), protocol)
+        Frontend::new(address, self.port(), self.protocol())
+    }
+
+    /// The cookie of the socket's network namespace.
+    #[inline(always)]
+    pub(crate) fn namespace(&self) -> u64 {
+        // SAFETY: a plain helper call on the hook's own context (Linux 5.7).
+        unsafe { bpf_get_netns_cookie(self.context()) }
+    }
+
+    /// For helpers.
+    #[inline(always)]
+    pub(crate) fn context(&self) -> *mut c_void {
+        self.raw().cast()
     }
 
     /// Puts another address in the call; false if this family cannot hold it.

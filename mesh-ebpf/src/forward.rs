@@ -10,7 +10,7 @@ use mesh_common::{
 
 use crate::{
     context::{self, Hook},
-    health, maps,
+    health, maps, names,
 };
 
 /// Where the first draw leads to an ejected backend: how many more there are, and how many slots
@@ -22,7 +22,11 @@ const SEARCH: u32 = 32;
 #[inline(always)]
 pub(crate) fn connect<const V4: bool>(hook: &Hook<V4>) -> i32 {
     if !maps::in_vip_ranges(&hook.address()) {
-        return context::ALLOW;
+        let Some(origin) = names::redirected(hook) else { return context::ALLOW };
+        return match hook.connection_to_write() {
+            Some(place) => ask(hook, origin, place),
+            None => context::ALLOW,
+        };
     }
     match translate(hook) {
         // The counter comes before the connection: adding to it waits for all that was written
@@ -41,6 +45,10 @@ pub(crate) fn connect<const V4: bool>(hook: &Hook<V4>) -> i32 {
 #[inline(always)]
 pub(crate) fn datagram<const V4: bool>(hook: &Hook<V4>) -> i32 {
     if !maps::in_vip_ranges(&hook.address()) {
+        let Some(origin) = names::redirected(hook) else { return context::ALLOW };
+        if keep(hook, origin) && hook.rewrite(&origin.backend_address, origin.backend_port) {
+            maps::count(Outcome::Answered);
+        }
         return context::ALLOW;
     }
     let (Ok(outcome) | Err(outcome)) = translate_datagram(hook);
@@ -51,6 +59,16 @@ pub(crate) fn datagram<const V4: bool>(hook: &Hook<V4>) -> i32 {
 pub(crate) fn finish(outcome: Outcome) -> i32 {
     maps::count(outcome);
     context::answer(outcome.verdict())
+}
+
+/// Sends a connect to the daemon's name server.
+#[inline(always)]
+fn ask<const V4: bool>(hook: &Hook<V4>, origin: Origin, place: &mut Connection) -> i32 {
+    *place = Connection::new(0, origin, 0);
+    if hook.rewrite(&origin.backend_address, origin.backend_port) {
+        maps::count(Outcome::Answered);
+    }
+    context::ALLOW
 }
 
 /// What is still to be written of a connect.
@@ -90,26 +108,32 @@ fn translate_datagram<const V4: bool>(hook: &Hook<V4>) -> Result<Outcome, Outcom
     send_to(hook, &origin)?;
     // Where it goes is looked for only now: were it known before, the verifier would go through
     // the choice once for each place.
+    if keep(hook, origin) { Ok(Outcome::Translated) } else { Ok(Outcome::OriginLost) }
+}
+
+/// Keeps what a socket that sends datagrams is to take a peer for; false where there is no memory for it.
+#[inline(always)]
+fn keep<const V4: bool>(hook: &Hook<V4>, origin: Origin) -> bool {
     match hook.connection() {
-        Some(connection) if connection.held == 0 && service.is_dialled_by(&connection.origin) => {
+        Some(connection) if connection.held == 0 && connection.origin.is_of(&origin) => {
             connection.origin = origin;
         }
         Some(_) => {
-            let Some(peers) = hook.peers_mut() else { return Ok(Outcome::OriginLost) };
-            store(peers, &service, origin);
+            let Some(peers) = hook.peers_mut() else { return false };
+            store(peers, origin);
         }
         None => {
-            let Some(connection) = hook.new_connection() else { return Ok(Outcome::OriginLost) };
+            let Some(connection) = hook.new_connection() else { return false };
             *connection = Connection::new(0, origin, 0);
         }
     }
-    Ok(Outcome::Translated)
+    true
 }
 
 /// In the place that the VIP has, else in the oldest one.
 #[inline(always)]
-fn store(peers: &mut Peers, service: &Service, origin: Origin) {
-    let known = peers.peers.iter().position(|peer| service.is_dialled_by(peer));
+fn store(peers: &mut Peers, origin: Origin) {
+    let known = peers.peers.iter().position(|peer| peer.is_of(&origin));
     let at = known.unwrap_or_else(|| {
         let next = peers.next;
         peers.next = next.wrapping_add(1);

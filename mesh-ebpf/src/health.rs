@@ -16,7 +16,6 @@ use aya_ebpf::{
 };
 use mesh_common::{
     abi::{Connection, Origin, Penalty, Port},
-    address::Address,
     health::{Fitness, HealthWord},
 };
 

@@ -12,6 +12,7 @@ mod context;
 mod forward;
 mod health;
 mod maps;
+mod names;
 mod release;
 mod reverse;
 mod sockets;

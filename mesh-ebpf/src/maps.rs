@@ -11,14 +11,14 @@ use core::{
 
 use aya_ebpf::{
     Global,
-    bindings::BPF_F_MMAPABLE,
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, SkStorage},
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, BPF_NOEXIST},
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, RingBuf, SkStorage},
     macros::btf_map,
 };
 use mesh_common::{
     abi::{
-        AffinityWord, Backend, Client, Connection, Cookies, Frontend, MAX_VIP_RANGES, Peers, SETS,
-        ServiceWord, Settings, SlotWord, VipRanges, WAYS,
+        AffinityWord, Backend, Client, Connection, Cookies, Frontend, MAX_NAMESERVERS, MAX_VIP_RANGES,
+        NameServer, Namespace, Peers, SETS, ServiceWord, Settings, Sight, SlotWord, VipRanges, WAYS,
     },
     address::{Address, Prefix},
     health::HealthWord,
@@ -57,6 +57,12 @@ pub(crate) static ORIGIN: SkStorage<Connection> = SkStorage::new();
 pub(crate) static PEERS: SkStorage<Peers> = SkStorage::new();
 #[btf_map]
 static STATS: PerCpuArray<u64, { Outcome::ALL.len() }> = PerCpuArray::new();
+
+#[btf_map]
+static NAMESERVERS: HashMap<Namespace, NameServer, MAX_NAMESERVERS, { BPF_F_NO_PREALLOC as usize }> =
+    HashMap::new();
+#[btf_map]
+static SIGHTS: RingBuf<Sight, 4096> = RingBuf::new();
 
 #[unsafe(no_mangle)]
 static VIP_RANGES: Global<VipRanges> = Global::new([Prefix::NONE; MAX_VIP_RANGES]);
@@ -242,6 +248,25 @@ pub(crate) fn give_up(place: &mut u64, cookie: u64) {
 #[inline(always)]
 pub(crate) fn take_turn(service: u32) -> u64 {
     CURSORS.get_ptr_mut(service).map_or(0, |turn| fetch_add(turn, 1))
+}
+
+/// Where the daemon listens for queries.
+#[inline(always)]
+pub(crate) fn name_server(namespace: &Namespace) -> Option<&'static NameServer> {
+    // SAFETY: entries are replaced whole, and an old one is not used again before the program ends.
+    unsafe { NAMESERVERS.get(namespace) }
+}
+
+/// Notes a namespace that the daemon does not listen in; true the first time.
+#[inline(always)]
+pub(crate) fn see(namespace: &Namespace) -> bool {
+    NAMESERVERS.insert(namespace, NameServer::default(), u64::from(BPF_NOEXIST)).is_ok()
+}
+
+/// Tells the daemon of it, if there is room.
+#[inline(always)]
+pub(crate) fn tell(sight: Sight) {
+    let _ = SIGHTS.output(sight, 0);
 }
 
 #[inline(always)]

@@ -173,9 +173,8 @@ fn a_zone_whose_only_backend_refuses_does_not_hold_its_clients() {
 #[test]
 fn a_new_backend_starts_slowly_and_gets_its_share() {
     let servers = start(2);
-    let text = |servers: &[&Server], window| {
-        services(servers, "round-robin", &format!("slow_start = {window:?}"))
-    };
+    let text =
+        |servers: &[&Server], window| services(servers, "round-robin", &format!("slow_start = {window:?}"));
     // So long that it is as good as at its beginning, however slow this machine is.
     let mesh = Mesh::start(&text(&[&servers[0]], "1h"));
     mesh.write(&text(&[&servers[0], &servers[1]], "1h"));
