@@ -21,7 +21,7 @@ use axum::{
 use serde::Deserialize;
 use tokio::net::UnixListener;
 
-use crate::daemon::View;
+use crate::{daemon::View, dns};
 
 pub mod client;
 pub mod objects;
@@ -54,6 +54,7 @@ pub async fn serve(listener: UnixListener, view: Arc<View>) -> io::Result<()> {
         .route("/v1/services", get(services))
         .route("/v1/backends", get(backends))
         .route("/v1/explain", get(explain))
+        .route("/v1/dns", get(names))
         .with_state(view);
     axum::serve(listener, router).await
 }
@@ -84,6 +85,19 @@ async fn explain(
         (StatusCode::BAD_REQUEST, message)
     })?;
     Explanation::of(&view, &dialled).map(Json).map_err(|message| (StatusCode::NOT_FOUND, message))
+}
+
+#[derive(Deserialize)]
+struct Question {
+    name: String,
+    r#type: String,
+}
+
+async fn names(
+    State(view): State<Arc<View>>,
+    Query(Question { name, r#type }): Query<Question>,
+) -> Result<Json<dns::query::Answer>, (StatusCode, String)> {
+    view.dns.query(&name, &r#type).await.map(Json).map_err(|message| (StatusCode::BAD_REQUEST, message))
 }
 
 /// What `explain` is asked about.

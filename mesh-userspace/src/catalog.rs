@@ -242,4 +242,4 @@ fn millis_32(time: Duration) -> u32 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -67,6 +67,9 @@ enum Command {
     /// Show registries.
     #[command(subcommand)]
     Registry(RegistryCommand),
+    /// Work with names.
+    #[command(subcommand)]
+    Dns(DnsCommand),
     /// Say what a connect would do now, and why.
     Explain {
         /// ADDRESS, ADDRESS:PORT, NAME or NAME:PORT.
@@ -136,6 +139,19 @@ enum RegistryCommand {
 }
 
 #[derive(Debug, Subcommand)]
+enum DnsCommand {
+    /// Resolve a name as tasks would, and say why the answer is what it is.
+    Query {
+        /// Taken as it is: no search domain is appended.
+        name: String,
+        /// The record type [default: A and AAAA]
+        r#type: Option<String>,
+        #[arg(short, long, default_value = "table")]
+        output: Format,
+    },
+}
+
+#[derive(Debug, Subcommand)]
 enum BpfCommand {
     /// The pinned maps.
     Maps(BpfArgs),
@@ -189,6 +205,9 @@ impl Cli {
             Command::Backend(BackendCommand::List(list)) => return ask(show::backends(socket, &list)),
             Command::Registry(RegistryCommand::List { output, no_headers }) => {
                 return ask(show::registries(socket, &ListArgs { output, no_headers, watch: false }));
+            }
+            Command::Dns(DnsCommand::Query { name, r#type, output }) => {
+                return ask(show::dns_query(socket, &name, r#type.as_deref(), output));
             }
             Command::Explain { target, output } => return ask(show::explain(socket, &target, output)),
             Command::Bpf(BpfCommand::Maps(args)) => bpf::maps(&pins(&args.config, socket)?, args.output)?,

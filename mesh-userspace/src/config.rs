@@ -20,6 +20,10 @@ use crate::{
     watch::{self, Changes},
 };
 
+mod dns;
+
+pub use dns::{Dns, Upstream};
+
 /// Where the configuration is looked for when no file is named.
 pub const DEFAULT_PATH: &str = "/etc/mesh/mesh.toml";
 
@@ -40,9 +44,10 @@ pub struct Config {
     pub api: Api,
     pub web: Web,
     pub rules: Rules,
+    pub dns: Dns,
     pub datapath: Datapath,
     pub registries: Vec<Registry>,
-    /// Tables that this version reads but does not act on.
+    /// Keys that this version reads but does not act on.
     pub later: Vec<&'static str>,
 }
 
@@ -147,7 +152,7 @@ struct Raw {
     web: Web,
     vip: Vip,
     backends: Backends,
-    dns: Option<Dns>,
+    dns: dns::Raw,
     datapath: toml::Spanned<Datapath>,
     registry: Vec<toml::Spanned<toml::Table>>,
 }
@@ -160,7 +165,7 @@ impl Default for Raw {
             web: Web::default(),
             vip: Vip::default(),
             backends: Backends::default(),
-            dns: None,
+            dns: dns::Raw::default(),
             datapath: toml::Spanned::new(0..0, Datapath::default()),
             registry: Vec::new(),
         }
@@ -195,16 +200,6 @@ impl Default for Backends {
     }
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-#[expect(dead_code, reason = "names are not served yet; only the table's form is checked")]
-struct Dns {
-    listen: Option<Vec<SocketAddr>>,
-    suffixes: Option<Vec<String>>,
-    intercept: Option<bool>,
-    upstream: Option<toml::Value>,
-}
-
 /// The configuration in `path`; without one, the file at its usual place, else the defaults.
 pub fn load(path: Option<&Path>) -> Result<Config, Error> {
     let usual = Path::new(DEFAULT_PATH);
@@ -235,6 +230,7 @@ fn parse(path: &Path, text: &str) -> Result<Config, Error> {
             return Err(invalid(Some(raw.datapath.span().start), message));
         }
     }
+    let dns = raw.dns.check(&ranges).map_err(|(at, message)| invalid(Some(at), message))?;
     let mut registries = Vec::new();
     for table in raw.registry {
         let at = table.span().start;
@@ -250,9 +246,10 @@ fn parse(path: &Path, text: &str) -> Result<Config, Error> {
             allow: raw.backends.allow,
             allow_loopback: raw.backends.allow_loopback,
         },
+        dns,
         datapath: raw.datapath.into_inner(),
         registries,
-        later: raw.dns.map(|_| "dns").into_iter().collect(),
+        later: raw.dns.intercept.filter(|wanted| *wanted).map(|_| "dns.intercept").into_iter().collect(),
     })
 }
 
@@ -353,6 +350,7 @@ impl Config {
             ("api", self.api != other.api),
             ("web", self.web != other.web),
             ("vip", self.rules.vip_ranges != other.rules.vip_ranges),
+            ("dns", self.dns.listen != other.dns.listen),
             ("datapath", self.datapath != other.datapath),
         ];
         keys.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key).collect()
@@ -401,7 +399,10 @@ path = "/etc/mesh/services.d"
         )
         .unwrap();
         let defaults = parse(Path::new(""), "").unwrap();
-        assert_eq!((config.rules, config.datapath), (defaults.rules, defaults.datapath));
+        assert_eq!(
+            (config.rules, config.dns, config.datapath),
+            (defaults.rules, defaults.dns, defaults.datapath)
+        );
         assert_eq!(config.registries, [Registry::File { path: "/etc/mesh/services.d".into() }]);
     }
 
@@ -411,6 +412,21 @@ path = "/etc/mesh/services.d"
             ("\n[node]\ncolour = 1", "mesh.toml:3: unknown field `colour`"),
             ("[nod]\n", "mesh.toml:1: unknown field `nod`"),
             ("\n[web]\nlisten = \"nowhere\"", "mesh.toml:3: "),
+            ("\n[dns]\nlisten = [\n\"nowhere\"]", "mesh.toml:4: dns.listen: \"nowhere\" is not ADDRESS:PORT"),
+            ("[dns]\nlisten = [\"0.0.0.0:53\"]", "mesh.toml:2: dns.listen: 0.0.0.0 stands for every address"),
+            (
+                "[dns]\nlisten = [\"127.128.0.1:53\"]",
+                "mesh.toml:2: dns.listen: 127.128.0.1 lies in a VIP range",
+            ),
+            ("[dns]\nsuffixes = [\"a..b\"]", "mesh.toml:2: dns.suffixes: suffix \"a..b\" is not a DNS name"),
+            ("[dns]\nupstream = 1", "mesh.toml:2: dns.upstream must be \"auto\" or a list"),
+            ("[dns]\nupstream = \"10.0.0.2\"", "mesh.toml:2: dns.upstream: \"10.0.0.2\" is neither \"auto\""),
+            ("[dns]\nupstream = [\"x:53\"]", "mesh.toml:2: dns.upstream: \"x:53\" is neither ADDRESS"),
+            (
+                "[dns]\nupstream = [\"127.64.0.53\"]",
+                "mesh.toml:2: dns.upstream: 127.64.0.53:53 is in dns.listen",
+            ),
+            ("[dns]\ncolour = 1", "mesh.toml:2: unknown field `colour`"),
             (
                 "\n[vip]\nranges = [\"127.255.1.0/24\"]",
                 "mesh.toml:3: vip.ranges: 127.255.1.0/24 overlaps 127.255.0.0/16",

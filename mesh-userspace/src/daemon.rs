@@ -1,17 +1,19 @@
 //! The node daemon: the only place where its parts are wired together.
 //!
 //! ```text
-//! config ─▶ registries ─▶ catalog ─▶ reconcile ─▶ kernel      api, web: read all of them
+//! config ─▶ registries ─▶ catalog ─▶ reconcile ─▶ kernel      dns, api, web: read all of them
 //! ```
 
 use std::{
     io,
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, RwLock, atomic::AtomicBool, atomic::Ordering, mpsc},
 };
 
 use anyhow::{Context, anyhow, bail};
 use ipnet::IpNet;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::{
     runtime::Handle,
     signal::unix::{Signal, SignalKind, signal},
@@ -24,6 +26,7 @@ use crate::{
     catalog::{Catalog, vip::Vips},
     config::{self, Config, Registry},
     datapath::{self, Datapath, Pins},
+    dns,
     netns::routes,
     plan::Applied,
     reconcile::{Reconciler, Report},
@@ -39,6 +42,9 @@ pub struct View {
     pub catalog: watch::Receiver<Option<Arc<Catalog>>>,
     pub applied: Arc<RwLock<Applied>>,
     pub report: watch::Receiver<Report>,
+    pub dns: Arc<dns::Core>,
+    /// Where it listens.
+    pub listen: Vec<SocketAddr>,
     pub stats: datapath::Stats,
     pub pins: Pins,
     pub cgroup: PathBuf,
@@ -51,13 +57,14 @@ pub struct View {
 pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result<()> {
     // First of all, so that an early signal does not kill.
     let signals = Signals::new()?;
+    raise_file_limit();
     let mut config = config::load(path)?;
     if let Some(socket) = socket {
         config.api.socket = socket;
     }
     let watch = config::Watch::new(config.path.as_deref());
-    for table in &config.later {
-        tracing::warn!("this version does not act on [{table}] yet");
+    for key in &config.later {
+        tracing::warn!("this version does not act on {key} yet");
     }
     let cgroup = config.node.cgroup()?;
     check_ranges(&config.rules.vip_ranges)?;
@@ -77,6 +84,9 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         .with_context(|| format!("cannot read the state in {}", config.node.state_dir.display()))?;
     let socket = api::bind(&config.api.socket)?;
     let web = web::bind(config.web.listen).await?;
+    let listen = config.dns.listen.clone();
+    let listeners = listen.iter().map(|address| dns::Listener::bind(*address));
+    let listeners = listeners.collect::<anyhow::Result<_>>()?;
 
     let pins = datapath.pins().clone();
     let (leaving, left) = mpsc::channel();
@@ -92,6 +102,8 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         catalog: catalog.clone(),
         applied: reconciler.applied(),
         report: reconciler.report(),
+        dns: Arc::default(),
+        listen,
         stats: datapath::Stats::open(&pins)?,
         pins,
         cgroup,
@@ -108,6 +120,9 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
     });
     let upkeep = std::thread::spawn(move || upkeep.run(&left));
     let mut merge = tokio::spawn(merge(registries.subscribe(), vips, catalog_sender));
+    let names =
+        dns::run(view.dns.clone(), listeners, config.subscribe(), view.report.clone(), view.applied.clone());
+    let mut names = tokio::spawn(names);
     let mut api = tokio::spawn(api::serve(socket, view.clone()));
     let mut web = tokio::spawn(web::serve(web, view.clone()));
     tracing::info!(cgroup = %view.cgroup.display(), "mesh {} runs", env!("CARGO_PKG_VERSION"));
@@ -117,6 +132,7 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         // None of these ends by itself: whoever runs the daemon starts it again.
         _ = &mut writer_ended => Err(anyhow!("the writer of the maps has ended")),
         end = &mut merge => Err(anyhow!("the catalog has ended: {end:?}")),
+        end = &mut names => Err(anyhow!("the name server has ended: {end:?}")),
         end = &mut api => Err(anyhow!("the API has ended: {end:?}")),
         end = &mut web => Err(anyhow!("the web page has ended: {end:?}")),
     };
@@ -140,6 +156,12 @@ fn check_ranges(ranges: &[IpNet]) -> anyhow::Result<()> {
         tracing::warn!("{overlap}: what has an address there cannot be reached");
     }
     Ok(())
+}
+
+/// Clients and name servers may need more files than a process has at first.
+fn raise_file_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
 }
 
 struct Signals {

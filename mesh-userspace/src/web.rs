@@ -50,6 +50,7 @@ async fn readyz(State(view): State<Arc<View>>) -> (StatusCode, &'static str) {
 
 async fn metrics(State(view): State<Arc<View>>) -> impl IntoResponse {
     let mut registry = Registry::default();
+    view.dns.metrics.register(&mut registry);
     registry.register_collector(Box::new(Scrape(view)));
     let mut text = String::new();
     match encode(&mut text, &registry) {

@@ -82,6 +82,8 @@ pub struct Mesh {
     pub config: PathBuf,
     pub services: PathBuf,
     pub web: String,
+    /// What the configuration's `[dns]` table holds, from the next [`configure`](Self::configure) on.
+    pub dns: String,
     daemon: Option<Child>,
 }
 
@@ -100,6 +102,8 @@ impl Mesh {
             config: dir.path().join("mesh.toml"),
             services: dir.path().join("services.toml"),
             web: free_address(),
+            // The usual address is one for all tests.
+            dns: "listen = []".into(),
             daemon: None,
             dir,
         };
@@ -121,8 +125,8 @@ impl Mesh {
         let state = self.dir.path().join("state");
         let text = format!(
             "[node]\ncgroup = {:?}\npin_dir = {:?}\nstate_dir = {state:?}\n[api]\nsocket = {:?}\n[web]\nlisten = {:?}\n\
-             [backends]\nallow_loopback = true\n[[registry]]\ntype = \"file\"\npath = {:?}\n{more}",
-            self.cgroup, self.pin_dir, self.socket, self.web, self.services
+             [dns]\n{}\n[backends]\nallow_loopback = true\n[[registry]]\ntype = \"file\"\npath = {:?}\n{more}",
+            self.cgroup, self.pin_dir, self.socket, self.web, self.dns, self.services
         );
         replace(&self.config, &text);
     }

@@ -1,6 +1,7 @@
 //! Servers that answer with their name, and a name server.
 
 use std::{
+    fs,
     io::Write,
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     process::{Child, Command, Stdio},
@@ -12,6 +13,7 @@ use std::{
 };
 
 use rustix::process::{Pid, Signal, kill_process};
+use tempfile::NamedTempFile;
 
 use crate::{Dialogue, free_address, netns::Host, wait_until};
 
@@ -112,26 +114,41 @@ sys.stdin.readline()
     server
 }
 
-/// A real name server, dnsmasq, on 127.0.0.1. It knows one name.
+/// A real name server, dnsmasq, on 127.0.0.1.
 pub struct Dns {
     pub port: u16,
     dnsmasq: Child,
+    log: NamedTempFile,
 }
 
 impl Dns {
+    /// It knows one name.
     pub fn start(name: &str, address: &str) -> Self {
+        // Questions for anything else about the name are answered too: there is nothing.
+        Self::with(&[&format!("--address=/{name}/{address}"), &format!("--local=/{name}/")])
+    }
+
+    /// It knows what these options say.
+    pub fn with(options: &[&str]) -> Self {
         let listen = free_address();
         let (_, port) = listen.rsplit_once(':').unwrap();
         let mut dnsmasq = Command::new("dnsmasq");
         dnsmasq.args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts"]);
         dnsmasq.args(["--user=root", "--pid-file", "--bind-interfaces", "--listen-address=127.0.0.1"]);
-        dnsmasq.args([format!("--port={port}"), format!("--address=/{name}/{address}")]);
-        // Questions for anything else about the name are answered too: there is nothing.
-        dnsmasq.arg(format!("--local=/{name}/"));
+        let log = NamedTempFile::new().unwrap();
+        dnsmasq.args([format!("--port={port}"), format!("--log-facility={}", log.path().display())]);
+        dnsmasq.arg("--log-queries").args(options);
         let dnsmasq = dnsmasq.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         // It listens for TCP last.
         wait_until("dnsmasq listens", || TcpStream::connect(&listen).is_ok());
-        Self { port: port.parse().unwrap(), dnsmasq }
+        Self { port: port.parse().unwrap(), dnsmasq, log }
+    }
+
+    /// The questions that it was asked: `A www.example.com`.
+    pub fn asked(&self) -> Vec<String> {
+        let log = fs::read_to_string(self.log.path()).unwrap();
+        let asked = log.lines().filter_map(|line| line.split_once(": query[")?.1.split_once(" from "));
+        asked.map(|(question, _)| question.replace(']', "")).collect()
     }
 
     /// From now on it answers nothing, and its socket is still there.

@@ -20,6 +20,7 @@ const PACKAGES: [(&str, &str); 20] = [
     ("curl", "curl --version"),
     ("nginx", "nginx -v"),
     ("dnsmasq-base", "dnsmasq --version"),
+    ("bind9-dnsutils", "dig -v"),
     ("iproute2", "ip -V"),
     ("util-linux", "nsenter --version"),
     ("python3", "python3 --version"),

@@ -1,6 +1,10 @@
 //! The objects of the API, and how they are made from what the daemon knows.
 
-use std::{net::IpAddr, sync::Arc, time::SystemTime};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::SystemTime,
+};
 
 use mesh_common::abi::{Frontend, map};
 use serde::{Deserialize, Serialize};
@@ -25,9 +29,10 @@ pub struct Status {
     pub programs: Vec<Program>,
     pub registries: Vec<Registry>,
     pub maps: Vec<MapUse>,
+    pub dns: Dns,
     pub services: usize,
     pub backends: usize,
-    /// Records left out, services that did not fit, failed writes.
+    /// Records left out, services that did not fit, failed writes, name servers that are not asked.
     pub problems: Vec<String>,
 }
 
@@ -52,6 +57,13 @@ pub struct MapUse {
     pub name: String,
     pub used: u32,
     pub max: u32,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Dns {
+    pub listen: Vec<SocketAddr>,
+    /// The name servers that are asked for names that are not the node's own.
+    pub upstream: Vec<SocketAddr>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -176,13 +188,18 @@ impl Status {
                 })
                 .collect(),
             maps: view.maps(),
+            dns: Dns { listen: view.listen.clone(), upstream: view.dns.upstream() },
             services: catalog.as_ref().map_or(0, |catalog| catalog.services.len()),
             backends: catalog
                 .iter()
                 .flat_map(|c| c.services.values())
                 .map(|e| e.service.instances.len())
                 .sum(),
-            problems: conflicts.chain(report.refused).chain(report.error).collect(),
+            problems: conflicts
+                .chain(report.refused)
+                .chain(report.error)
+                .chain(view.dns.problems())
+                .collect(),
         }
     }
 }
@@ -445,7 +462,7 @@ impl crate::model::Service {
 
 /// `ADDRESS:PORT`, or `[ADDRESS]:PORT` for IPv6.
 pub fn join(address: IpAddr, port: u16) -> String {
-    std::net::SocketAddr::new(address, port).to_string()
+    SocketAddr::new(address, port).to_string()
 }
 
 fn rfc3339(time: SystemTime) -> String {

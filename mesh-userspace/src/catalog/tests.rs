@@ -5,7 +5,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::model::{DRAIN, Eject, Policy};
 
-pub(super) fn service(name: &str, port: u16, vip: Option<&str>, addresses: &[(&str, Health)]) -> Service {
+pub(crate) fn service(name: &str, port: u16, vip: Option<&str>, addresses: &[(&str, Health)]) -> Service {
     let instance = |(n, (address, health)): (usize, &(&str, Health))| Instance {
         id: format!("{name}-{n}"),
         address: address.parse().unwrap(),

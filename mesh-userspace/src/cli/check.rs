@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, Write},
-    net::TcpListener,
+    net::{TcpListener, UdpSocket},
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -166,16 +166,21 @@ fn others(config: &Config, cgroup: &Path) -> Option<Finding> {
 }
 
 fn ports(config: &Config, running: bool, findings: &mut Vec<Finding>) {
-    if running {
-        findings.push(ok("ports", format!("{} (the daemon runs)", config.web.listen)));
-        return;
-    }
-    findings.push(match TcpListener::bind(config.web.listen) {
-        Ok(_) => ok("ports", config.web.listen.to_string()),
-        Err(error) => {
-            fail("ports", format!("web.listen {}: {error}", config.web.listen), "set another web.listen")
+    let web = std::iter::once(("web.listen", config.web.listen));
+    for (key, address) in web.chain(config.dns.listen.iter().map(|address| ("dns.listen", *address))) {
+        if running {
+            findings.push(ok("ports", format!("{address} (the daemon runs)")));
+            continue;
         }
-    });
+        let bound = match key {
+            "dns.listen" => UdpSocket::bind(address).and_then(|_| TcpListener::bind(address)),
+            _ => TcpListener::bind(address),
+        };
+        findings.push(match bound {
+            Ok(_) => ok("ports", address.to_string()),
+            Err(error) => fail("ports", format!("{key} {address}: {error}"), format!("set another {key}")),
+        });
+    }
 }
 
 /// Whether the routes that refuse the VIP ranges would take a network from the node.

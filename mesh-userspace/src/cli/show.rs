@@ -20,6 +20,7 @@ use crate::{
         objects::{Backend, Explanation, Registry, Service, Status, join},
     },
     datapath::mounts,
+    dns::query::Answer,
 };
 
 /// How often `--watch` and `--wait` look.
@@ -66,6 +67,10 @@ fn status_text(status: &Status, detail: Detail) -> String {
         vec!["cgroup".into(), status.cgroup.clone()],
         vec!["pins".into(), status.pin_dir.clone()],
         vec!["programs".into(), programs],
+        vec![
+            "names".into(),
+            format!("{}; others from {}", list(&status.dns.listen), list(&status.dns.upstream)),
+        ],
         vec!["services".into(), status.services.to_string()],
         vec!["backends".into(), status.backends.to_string()],
     ];
@@ -220,6 +225,36 @@ where
     }
 }
 
+/// What a name is answered with, and why.
+pub(super) async fn dns_query(
+    socket: &Path,
+    name: &str,
+    kind: Option<&str>,
+    format: Format,
+) -> anyhow::Result<ExitCode> {
+    let mut answers: Vec<Answer> = Vec::new();
+    for kind in kind.map_or(vec!["A", "AAAA"], |kind| vec![kind]) {
+        let path = format!("/v1/dns?name={}&type={}", escape(name), escape(kind));
+        answers.push(client::get(socket, &path).await?);
+    }
+    print(format, &answers, |answers| answers.iter().map(answer_text).collect())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn answer_text(answer: &Answer) -> String {
+    let Answer { name, r#type, rcode, answer, reason, records } = answer;
+    let mut text = format!("{name} {type}: {rcode}, {answer}: {reason}\n");
+    for record in records {
+        text += &format!("  {} {} {} {}\n", record.name, record.ttl, record.r#type, record.data);
+    }
+    text
+}
+
+/// Every byte, so that none means anything to the server.
+fn escape(text: &str) -> String {
+    text.bytes().map(|byte| format!("%{byte:02x}")).collect()
+}
+
 /// What the daemon says of a target, and whether the caller's own sockets are translated at all.
 #[derive(Serialize)]
 struct Explained {
@@ -231,8 +266,8 @@ struct Explained {
 
 pub(super) async fn explain(socket: &Path, target: &str, format: Format) -> anyhow::Result<ExitCode> {
     let status: Status = client::get(socket, "/v1/status").await?;
-    let query: String = target.bytes().map(|byte| format!("%{byte:02x}")).collect();
-    let explanations: Vec<Explanation> = client::get(socket, &format!("/v1/explain?target={query}")).await?;
+    let query = format!("/v1/explain?target={}", escape(target));
+    let explanations: Vec<Explanation> = client::get(socket, &query).await?;
     let here = is_managed(Path::new(&status.cgroup));
     let explained: Vec<_> =
         explanations.into_iter().map(|explanation| Explained { explanation, here }).collect();

@@ -6,6 +6,7 @@ mod commands;
 mod connect;
 mod daemon;
 mod datagram;
+mod dns;
 mod eject;
 mod input;
 mod kubernetes;

@@ -1,0 +1,114 @@
+//! The `[dns]` table.
+
+use std::net::{IpAddr, SocketAddr};
+
+use ipnet::IpNet;
+use serde::Deserialize;
+
+use crate::registry::rules;
+
+/// How names are answered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dns {
+    pub listen: Vec<SocketAddr>,
+    /// In lower case. Names below these never leave the node.
+    pub suffixes: Vec<String>,
+    pub upstream: Upstream,
+}
+
+/// Who is asked for names that are not the node's own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Upstream {
+    /// The name servers in /etc/resolv.conf.
+    Auto,
+    /// None of them: nobody.
+    These(Vec<SocketAddr>),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Raw {
+    listen: Vec<toml::Spanned<String>>,
+    suffixes: Vec<toml::Spanned<String>>,
+    pub(super) intercept: Option<bool>,
+    upstream: toml::Spanned<RawUpstream>,
+}
+
+#[derive(Clone, Deserialize)]
+#[serde(untagged, expecting = "dns.upstream must be \"auto\" or a list of addresses")]
+enum RawUpstream {
+    Word(String),
+    List(Vec<String>),
+}
+
+impl Default for Raw {
+    fn default() -> Self {
+        let spanned = |text: &str| toml::Spanned::new(0..0, text.to_owned());
+        Self {
+            listen: vec![spanned("127.64.0.53:53")],
+            suffixes: vec![spanned("service.local")],
+            intercept: None,
+            upstream: toml::Spanned::new(0..0, RawUpstream::Word("auto".into())),
+        }
+    }
+}
+
+impl Raw {
+    /// Where in the file it is wrong, and why.
+    pub(super) fn check(&self, vips: &[IpNet]) -> Result<Dns, (usize, String)> {
+        let unicast = |address: IpAddr| {
+            // Only a socket with one address answers from the address that was asked.
+            let why = if address.is_unspecified() {
+                "stands for every address; name those that are meant"
+            } else if address.is_multicast() {
+                "is not a unicast address"
+            } else if vips.iter().any(|range| range.contains(&address)) {
+                "lies in a VIP range"
+            } else {
+                return Ok(());
+            };
+            Err(format!("{address} {why}"))
+        };
+        let mut listen = Vec::new();
+        for text in &self.listen {
+            let fail = |why: String| (text.span().start, format!("dns.listen: {why}"));
+            let address: SocketAddr = text
+                .get_ref()
+                .parse()
+                .ok()
+                .filter(|address: &SocketAddr| address.port() != 0)
+                .ok_or_else(|| fail(format!("{:?} is not ADDRESS:PORT", text.get_ref())))?;
+            unicast(address.ip()).map_err(fail)?;
+            listen.push(address);
+        }
+        let mut suffixes = Vec::new();
+        for text in &self.suffixes {
+            let suffix = text.get_ref().trim_end_matches('.').to_lowercase();
+            rules::dns_name("suffix", &suffix)
+                .map_err(|why| (text.span().start, format!("dns.suffixes: {why}")))?;
+            suffixes.push(suffix);
+        }
+        let fail = |why: String| (self.upstream.span().start, format!("dns.upstream: {why}"));
+        let upstream = match self.upstream.get_ref() {
+            RawUpstream::Word(word) if word == "auto" => Upstream::Auto,
+            RawUpstream::Word(word) => return Err(fail(format!("{word:?} is neither \"auto\" nor a list"))),
+            RawUpstream::List(list) => {
+                let mut these = Vec::new();
+                for text in list {
+                    let address = text.parse().or_else(|_| text.parse().map(|ip: IpAddr| (ip, 53).into()));
+                    let address: SocketAddr =
+                        address.map_err(|_| fail(format!("{text:?} is neither ADDRESS nor ADDRESS:PORT")))?;
+                    unicast(address.ip()).map_err(fail)?;
+                    if listen.contains(&address) {
+                        return Err(fail(format!(
+                            "{address} is in dns.listen: questions would go in a circle"
+                        )));
+                    }
+                    these.push(address);
+                }
+                Upstream::These(these)
+            }
+        };
+        Ok(Dns { listen, suffixes, upstream })
+    }
+}

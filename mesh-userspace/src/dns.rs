@@ -1,0 +1,132 @@
+//! Names: the node's own are answered from the catalog that the maps hold, others are asked for
+//! upstream.
+//!
+//! ```text
+//! report (what is written) ─▶ table ─┐
+//! configuration, resolv.conf ─▶ forwarder ─┴─ core ◀── listeners, in any network namespace
+//! ```
+
+use std::{
+    net::SocketAddr,
+    sync::{Arc, RwLock},
+};
+
+use arc_swap::ArcSwap;
+use tokio::{sync::watch, task::JoinSet};
+
+use crate::{config::Config, plan::Applied, reconcile::Report};
+
+mod answer;
+mod metrics;
+pub mod query;
+mod serve;
+mod table;
+mod upstream;
+
+use metrics::Metrics;
+use table::Table;
+use upstream::{Forwarder, Limits};
+
+pub use serve::Listener;
+
+/// Seconds that an answer may be kept. A VIP stays with its name, so this only bounds how long a
+/// name outlives its service in caches.
+const TTL: u32 = 5;
+
+/// The same for "there is no such name": not at all, so that a new service has its name at once.
+const NEGATIVE_TTL: u32 = 0;
+
+/// What answers, whichever socket a question came from. Nothing in it waits for a writer.
+pub struct Core {
+    table: ArcSwap<Table>,
+    forwarder: ArcSwap<Forwarder>,
+    limits: Limits,
+    pub metrics: Metrics,
+}
+
+impl Default for Core {
+    fn default() -> Self {
+        Self {
+            table: ArcSwap::from_pointee(Table::default()),
+            forwarder: ArcSwap::from_pointee(Forwarder::nobody(false)),
+            limits: Limits::default(),
+            metrics: Metrics::default(),
+        }
+    }
+}
+
+impl Core {
+    /// The name servers that are asked.
+    pub fn upstream(&self) -> Vec<SocketAddr> {
+        self.forwarder.load().servers.clone()
+    }
+
+    /// What is wrong with those that are not.
+    pub fn problems(&self) -> Vec<String> {
+        self.forwarder.load().problems.clone()
+    }
+}
+
+/// Serves names until the daemon ends.
+pub async fn run(
+    core: Arc<Core>,
+    listeners: Vec<Listener>,
+    config: watch::Receiver<Arc<Config>>,
+    report: watch::Receiver<Report>,
+    applied: Arc<RwLock<Applied>>,
+) {
+    let listen = async {
+        let serving = listeners.into_iter().map(|listener| listener.serve(core.clone()));
+        serving.collect::<JoinSet<()>>().join_all().await;
+    };
+    // In this order, so that what the first question needs is there.
+    tokio::join!(
+        follow_names(&core, config.clone(), report, &applied),
+        upstream::follow(&core, config),
+        listen
+    );
+}
+
+/// Makes the table anew whenever what is written, or a suffix, changes.
+async fn follow_names(
+    core: &Core,
+    mut config: watch::Receiver<Arc<Config>>,
+    mut report: watch::Receiver<Report>,
+    applied: &RwLock<Applied>,
+) {
+    loop {
+        let written = report.borrow_and_update().clone();
+        let current = config.borrow_and_update().clone();
+        rename(core, &current, &written, applied);
+        loop {
+            let changed = tokio::select! {
+                changed = report.changed() => changed,
+                changed = config.changed() => changed,
+            };
+            if changed.is_err() {
+                return;
+            }
+            if !same(&written, &report.borrow()) || current.dns.suffixes != config.borrow().dns.suffixes {
+                break;
+            }
+        }
+    }
+}
+
+/// Weights change more often than what is served.
+fn same(one: &Report, other: &Report) -> bool {
+    let written = |report: &Report| report.written.as_ref().map(Arc::as_ptr);
+    (written(one), &one.refused, &one.error) == (written(other), &other.refused, &other.error)
+}
+
+fn rename(core: &Core, config: &Config, report: &Report, applied: &RwLock<Applied>) {
+    // Copied, so that nobody waits for what comes next.
+    let frontends = applied.read().expect("no writer panics").frontends.clone();
+    let (suffixes, ranges) = (&config.dns.suffixes, &config.rules.vip_ranges);
+    // With very many services it takes long enough for other tasks to notice.
+    let table = tokio::task::block_in_place(|| {
+        let is_programmed = |frontend: &_| frontends.contains_key(frontend);
+        Table::build(report.written.as_deref(), suffixes, ranges, is_programmed)
+    });
+    core.table.store(Arc::new(table));
+}

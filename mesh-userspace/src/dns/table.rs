@@ -1,0 +1,357 @@
+//! The names that the node answers itself: made once from a catalog, then only read.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::IpAddr,
+};
+
+use hickory_resolver::proto::{
+    op::ResponseCode,
+    rr::{
+        Name, RData, Record, RecordType,
+        rdata::{PTR, SOA, SRV},
+    },
+};
+use ipnet::IpNet;
+use mesh_common::abi::Frontend;
+
+use super::{NEGATIVE_TTL, TTL};
+use crate::{
+    catalog::{Catalog, frontend},
+    model::Protocol,
+    registry::rules::dns_name,
+};
+
+/// At or below these a service cannot have a name: it would break what every program relies on.
+const RESERVED: [&str; 2] = ["localhost", "arpa"];
+
+/// Names are text here: lower case, without the dot at the end.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    services: Vec<Service>,
+    /// Services' own names and their aliases.
+    names: HashMap<String, Known>,
+    /// Names that exist only because names below them do (RFC 8020).
+    between: HashSet<String>,
+    /// VIP → the services that have it.
+    vips: HashMap<IpAddr, Vec<usize>>,
+    /// Suffixes and namespaces: no name below them is asked for anywhere else.
+    zones: HashSet<String>,
+    vip_ranges: Vec<IpNet>,
+    /// Whether every registry was heard. Until then, a name that is not here may exist.
+    heard: bool,
+}
+
+/// All ports of one name.
+#[derive(Debug)]
+struct Service {
+    /// `name.namespace`, as the registry has it.
+    name: String,
+    addresses: Vec<IpAddr>,
+    ports: Vec<(Protocol, u16)>,
+}
+
+/// Which service a name stands for.
+#[derive(Debug)]
+struct Known {
+    service: usize,
+    is_alias: bool,
+    /// Other services that claim this alias and do not get it.
+    losers: Vec<usize>,
+}
+
+/// What a table says of a name.
+#[derive(Debug)]
+enum Found<'a> {
+    Name(&'a Known),
+    /// `_PORT._PROTOCOL` of a name.
+    Port(&'a Known, u16),
+    Vip(&'a [usize]),
+    /// It exists, and has no records.
+    Between,
+    /// A suffix or a namespace.
+    Zone,
+    Missing,
+    /// It may exist.
+    Unheard,
+    /// Not the node's own.
+    Elsewhere,
+}
+
+/// The records of an answer.
+#[derive(Debug, PartialEq)]
+pub(super) struct Own {
+    pub(super) code: ResponseCode,
+    pub(super) answers: Vec<Record>,
+    pub(super) authorities: Vec<Record>,
+    pub(super) additionals: Vec<Record>,
+}
+
+impl Table {
+    /// The names of a catalog. Only what `is_programmed` has one: a name is not answered before
+    /// its VIP works.
+    pub(super) fn build(
+        catalog: Option<&Catalog>,
+        suffixes: &[String],
+        vip_ranges: &[IpNet],
+        is_programmed: impl Fn(&Frontend) -> bool,
+    ) -> Self {
+        let mut table = Self {
+            zones: suffixes.iter().filter(|zone| !is_reserved(zone)).cloned().collect(),
+            vip_ranges: vip_ranges.to_vec(),
+            heard: catalog.is_some_and(|catalog| catalog.delivered),
+            ..Self::default()
+        };
+        // (the service, its namespace, its alias)
+        let mut aliases: Vec<(usize, &str, &str)> = Vec::new();
+        for entry in catalog.into_iter().flat_map(|catalog| catalog.services.values()) {
+            let id = &entry.service.id;
+            let namespace = id.namespace.to_lowercase();
+            if !is_reserved(&namespace) && !table.zones.contains(&namespace) {
+                table.zones.insert(namespace);
+            }
+            let works = |vip: &&IpAddr| is_programmed(&frontend(id, **vip));
+            let vips: Vec<IpAddr> = entry.vips.iter().filter(works).copied().collect();
+            let name = format!("{}.{}", id.name, id.namespace);
+            if vips.is_empty() || dns_name("name", &name).is_err() || is_reserved(&name.to_lowercase()) {
+                continue;
+            }
+            let service = table.service(name);
+            table.serve(service, &vips, (id.protocol, id.port.get()));
+            aliases.extend(entry.service.aliases.iter().map(|alias| (service, &*id.namespace, &**alias)));
+        }
+        for (service, namespace, alias) in &aliases {
+            table.claim(&format!("{alias}.{namespace}"), *service);
+        }
+        // An alias alone may be claimed in several namespaces: the first suffix goes first.
+        let place =
+            |namespace: &str| suffixes.iter().position(|suffix| suffix.eq_ignore_ascii_case(namespace));
+        aliases.sort_by_key(|(_, namespace, _)| place(namespace).unwrap_or(usize::MAX));
+        for (service, _, alias) in aliases {
+            table.claim(alias, service);
+        }
+        for name in table.names.keys() {
+            let Some(zone) = table.zone_of(name) else { continue };
+            let between = parents(name).skip(1).take_while(|parent| *parent != zone);
+            table
+                .between
+                .extend(between.filter(|name| !table.names.contains_key(*name)).map(ToOwned::to_owned));
+        }
+        table
+    }
+
+    /// The place of a service, whose ports come one after the other.
+    fn service(&mut self, name: String) -> usize {
+        let service = self.services.len();
+        let known = Known { service, is_alias: false, losers: Vec::new() };
+        let known = self.names.entry(name.to_lowercase()).or_insert(known).service;
+        if known == service {
+            self.services.push(Service { name, addresses: Vec::new(), ports: Vec::new() });
+        }
+        known
+    }
+
+    fn serve(&mut self, service: usize, vips: &[IpAddr], port: (Protocol, u16)) {
+        let Service { addresses, ports, .. } = &mut self.services[service];
+        ports.push(port);
+        for vip in vips.iter().filter(|vip| !addresses.contains(vip)).collect::<Vec<_>>() {
+            addresses.push(*vip);
+            self.vips.entry(*vip).or_default().push(service);
+        }
+    }
+
+    /// Gives a service an alias that is free.
+    fn claim(&mut self, alias: &str, service: usize) {
+        let alias = alias.to_lowercase();
+        if dns_name("alias", &alias).is_err() || is_reserved(&alias) {
+            return;
+        }
+        let known = Known { service, is_alias: true, losers: Vec::new() };
+        let known = self.names.entry(alias).or_insert(known);
+        if known.service != service && !known.losers.contains(&service) {
+            known.losers.push(service);
+        }
+    }
+
+    fn zone_of<'a>(&self, name: &'a str) -> Option<&'a str> {
+        parents(name).find(|zone| self.zones.contains(*zone))
+    }
+
+    fn find(&self, name: &str) -> Found<'_> {
+        if let Some(known) = self.names.get(name) {
+            return Found::Name(known);
+        }
+        if let Some(found) = self.port(name) {
+            return found;
+        }
+        match self.zone_of(name) {
+            Some(zone) if zone == name => Found::Zone,
+            Some(_) if self.between.contains(name) => Found::Between,
+            Some(_) if self.heard => Found::Missing,
+            Some(_) => Found::Unheard,
+            None => match reverse(name).filter(|net| self.vip_ranges.iter().any(|range| range.contains(net)))
+            {
+                Some(net) if net.prefix_len() < net.max_prefix_len() => Found::Between,
+                Some(net) => match self.vips.get(&net.addr()) {
+                    Some(services) => Found::Vip(services),
+                    None if self.heard => Found::Missing,
+                    None => Found::Unheard,
+                },
+                // It may be an alias.
+                None if !self.heard && !name.is_empty() && !name.contains('.') => Found::Unheard,
+                None => Found::Elsewhere,
+            },
+        }
+    }
+
+    /// `_PORT._PROTOCOL.NAME`, or the `_PROTOCOL.NAME` above it.
+    fn port(&self, name: &str) -> Option<Found<'_>> {
+        let (first, rest) = name.strip_prefix('_')?.split_once('.')?;
+        let is = |protocol: &Protocol, text: &str| protocol.to_string() == text;
+        if let Some(known) = self.names.get(rest) {
+            let ports = &self.services[known.service].ports;
+            return ports.iter().any(|(protocol, _)| is(protocol, first)).then_some(Found::Between);
+        }
+        let (second, rest) = rest.strip_prefix('_')?.split_once('.')?;
+        let known = self.names.get(rest)?;
+        let ports = &self.services[known.service].ports;
+        let (_, port) =
+            ports.iter().find(|(protocol, port)| is(protocol, second) && port.to_string() == first)?;
+        Some(Found::Port(known, *port))
+    }
+
+    /// The answer to a question for `name`, whose case it keeps; none if it is not the node's to give.
+    pub(super) fn answer(&self, name: &Name, kind: RecordType) -> Option<Own> {
+        let text = text(name);
+        let wants = |of: RecordType| kind == of || kind == RecordType::ANY;
+        let mut own = Own::failed(ResponseCode::NoError);
+        match self.find(&text) {
+            Found::Name(known) => {
+                let service = &self.services[known.service];
+                let of = |address: &IpAddr| if address.is_ipv4() { RecordType::A } else { RecordType::AAAA };
+                let wanted = service.addresses.iter().filter(|address| wants(of(address)));
+                own.answers.extend(wanted.map(|address| record(name, RData::from(*address))));
+                if wants(RecordType::SRV) {
+                    own.add_ports(name, service, service.ports.iter().map(|(_, port)| *port));
+                }
+            }
+            Found::Port(known, port) if wants(RecordType::SRV) => {
+                own.add_ports(name, &self.services[known.service], std::iter::once(port));
+            }
+            Found::Vip(services) if wants(RecordType::PTR) => {
+                let names = services.iter().filter_map(|service| parse(&self.services[*service].name));
+                own.answers.extend(names.map(|target| record(name, RData::PTR(PTR(target)))));
+            }
+            Found::Zone if wants(RecordType::SOA) => own.answers.push(soa(name.clone())),
+            Found::Port(..) | Found::Vip(_) | Found::Zone | Found::Between => {}
+            Found::Missing => own.code = ResponseCode::NXDomain,
+            Found::Unheard => return Some(Own::failed(ResponseCode::ServFail)),
+            Found::Elsewhere => return None,
+        }
+        if own.answers.is_empty() {
+            // An alias alone, or a reverse name, has no zone: the name that is nearest will do.
+            let zone = self.zone_of(&text);
+            let zone = zone.or_else(|| parents(&text).find(|parent| self.names.contains_key(*parent)));
+            own.authorities.extend(parse(zone.unwrap_or(&text)).map(soa));
+        }
+        Some(own)
+    }
+
+    /// Why a name is answered as it is, for a person; none if it is not the node's own.
+    pub(super) fn explain(&self, name: &Name) -> Option<String> {
+        let text = text(name);
+        let names = |services: &[usize]| {
+            let names: Vec<_> = services.iter().map(|service| &*self.services[*service].name).collect();
+            names.join(", ")
+        };
+        let why = match self.find(&text) {
+            Found::Name(Known { service, is_alias, losers }) => {
+                let what = if *is_alias { "alias of service" } else { "service" };
+                let why = format!("{what} {}", names(&[*service]));
+                match losers.is_empty() {
+                    true => why,
+                    false => format!("{why}; also an alias of {}, which does not get it", names(losers)),
+                }
+            }
+            Found::Port(known, port) => format!("port {port} of service {}", names(&[known.service])),
+            Found::Vip(services) => format!("VIP of service {}", names(services)),
+            Found::Between => "only names below it have records".into(),
+            Found::Zone => "a suffix or namespace of services".into(),
+            Found::Missing => "no service has this name, and names like it are asked for nowhere else".into(),
+            Found::Unheard => "not every registry was heard yet, so it may exist".into(),
+            Found::Elsewhere => return None,
+        };
+        Some(why)
+    }
+}
+
+impl Own {
+    pub(super) fn failed(code: ResponseCode) -> Self {
+        Self { code, answers: Vec::new(), authorities: Vec::new(), additionals: Vec::new() }
+    }
+
+    /// With the addresses that whoever asked will want next.
+    fn add_ports(&mut self, name: &Name, service: &Service, ports: impl Iterator<Item = u16>) {
+        let Some(target) = parse(&service.name) else { return };
+        let mut ports: Vec<_> = ports.collect();
+        ports.sort_unstable();
+        // One may be there for TCP and for UDP.
+        ports.dedup();
+        // As Cloud Map has it: the same priority and weight for all.
+        let srv = |port| record(name, RData::SRV(SRV::new(1, 1, port, target.clone())));
+        self.answers.extend(ports.into_iter().map(srv));
+        let addresses = service.addresses.iter();
+        self.additionals.extend(addresses.map(|address| record(&target, RData::from(*address))));
+    }
+}
+
+fn record(name: &Name, data: RData) -> Record {
+    Record::from_rdata(name.clone(), TTL, data)
+}
+
+/// What says how long a negative answer may be kept.
+fn soa(zone: Name) -> Record {
+    let mailbox = zone.prepend_label("hostmaster").unwrap_or_else(|_| zone.clone());
+    let soa = SOA::new(zone.clone(), mailbox, 1, 60, 60, 60, NEGATIVE_TTL);
+    Record::from_rdata(zone, NEGATIVE_TTL, RData::SOA(soa))
+}
+
+/// A name and all that it is below, the root excepted.
+fn parents(name: &str) -> impl Iterator<Item = &str> {
+    fn parent<'a>(name: &&'a str) -> Option<&'a str> {
+        name.split_once('.').map(|(_, parent)| parent)
+    }
+    std::iter::successors(Some(name).filter(|name| !name.is_empty()), parent)
+}
+
+fn is_reserved(name: &str) -> bool {
+    parents(name).last().is_some_and(|top| RESERVED.contains(&top))
+}
+
+/// The addresses that a reverse name stands for.
+fn reverse(name: &str) -> Option<IpNet> {
+    name.ends_with(".arpa").then(|| parse(name)?.parse_arpa_name().ok()).flatten()
+}
+
+/// None for what DNS has no room for.
+fn parse(text: &str) -> Option<Name> {
+    Name::from_ascii(format!("{text}.")).ok()
+}
+
+fn text(name: &Name) -> String {
+    let mut text = String::with_capacity(name.len());
+    for label in name {
+        if !text.is_empty() {
+            text.push('.');
+        }
+        text.extend(label.iter().map(|byte| match byte {
+            // No name of ours has it, and a dot inside a label is no border.
+            b'.' | 0x80.. => '/',
+            byte => char::from(byte.to_ascii_lowercase()),
+        }));
+    }
+    text
+}
+
+#[cfg(test)]
+pub(super) mod tests;

@@ -1,0 +1,362 @@
+//! Asking the node's name servers for what is not the node's own.
+
+use std::{
+    collections::{BTreeSet, HashMap, hash_map::RandomState},
+    fmt, fs,
+    hash::{BuildHasher, Hasher},
+    net::{IpAddr, SocketAddr},
+    path::Path,
+    sync::{Arc, Mutex},
+    time::{Duration, Instant},
+};
+
+use hickory_resolver::{
+    NameServerPool, PoolContext, ResponseCache, TlsConfig, TtlConfig,
+    config::{ConnectionConfig, NameServerConfig, ResolverOpts},
+    net::{DnsError, DnsHandle, NetError, RetryDnsHandle, runtime::TokioRuntimeProvider, xfer::FirstAnswer},
+    proto::{
+        op::{DnsRequest, DnsRequestOptions, DnsResponse, Message, Query, ResponseCode},
+        rr::{Name, RData, RecordType},
+    },
+};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    task::JoinSet,
+};
+
+use super::{Core, NEGATIVE_TTL, table::Own};
+use crate::config::{Config, Dns, Upstream};
+
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+
+/// How often that is read again: it may be a link to, or mounted from, what cannot be watched.
+const PERIOD: Duration = Duration::from_secs(5);
+
+/// How long one try may take; there are two. Callers usually wait for five seconds.
+const PATIENCE: Duration = Duration::from_millis(1500);
+
+/// How long the node remembers that a name does not exist elsewhere.
+const NEGATIVE_CACHE: Duration = Duration::from_secs(5);
+
+/// Questions that may wait for name servers at a time: of one client, and of all together.
+const PER_CLIENT: usize = 64;
+const IN_ALL: usize = 512;
+
+/// Below this name are questions by which the daemon finds out whether its own come back to it.
+const LOOP: &str = "mesh-loop.";
+
+type Pool = RetryDnsHandle<NameServerPool<TokioRuntimeProvider>>;
+
+/// The name servers that are asked now.
+pub(super) struct Forwarder {
+    pub(super) servers: Vec<SocketAddr>,
+    /// What is wrong with those that are not asked.
+    pub(super) problems: Vec<String>,
+    /// Whether nobody is to be asked.
+    none: bool,
+    pool: Option<Pool>,
+    cache: ResponseCache,
+    /// What the daemon's own questions are known by.
+    token: String,
+    /// Places of servers whose questions came back.
+    circular: Mutex<BTreeSet<usize>>,
+}
+
+impl Forwarder {
+    fn new(servers: Vec<SocketAddr>, problems: Vec<String>, none: bool) -> Self {
+        let mut options = options();
+        options.negative_max_ttl = Some(NEGATIVE_CACHE);
+        let cache = ResponseCache::new(options.cache_size, TtlConfig::from_opts(&options));
+        let pool = (!servers.is_empty()).then(|| pool(&servers));
+        let token = format!("{:016x}", RandomState::new().build_hasher().finish());
+        Self { servers, problems, none, pool, cache, token, circular: Mutex::default() }
+    }
+
+    /// Nobody: for good, or until the configuration's are known.
+    pub(super) fn nobody(none: bool) -> Self {
+        Self::new(Vec::new(), Vec::new(), none)
+    }
+
+    /// The answer of a name server, or of the cache.
+    pub(super) async fn ask(&self, query: Query) -> Own {
+        let Some(pool) = &self.pool else {
+            return Own::failed(if self.none { ResponseCode::Refused } else { ResponseCode::ServFail });
+        };
+        let result = match self.cache.get(&query, Instant::now()) {
+            Some(known) => known,
+            None => {
+                let result = ask(pool, query.clone()).await;
+                self.cache.insert(query, result.clone(), Instant::now());
+                result
+            }
+        };
+        own(result)
+    }
+
+    /// Takes notice where a question is one of the daemon's own that came back.
+    pub(super) fn hear(&self, name: &Name) -> bool {
+        let is_own = Name::from_ascii(LOOP).is_ok_and(|top| top.zone_of(name));
+        if is_own {
+            let mut labels = name.iter();
+            let place = labels.next().and_then(|place| std::str::from_utf8(place).ok()?.parse().ok());
+            if let Some(place) = place.filter(|_| labels.next() == Some(self.token.as_bytes())) {
+                self.circular.lock().expect("nobody panics holding it").insert(place);
+            }
+        }
+        is_own
+    }
+
+    /// Asks each server something that only this daemon would; those through which the question
+    /// came back here.
+    async fn find_circles(&self) -> BTreeSet<usize> {
+        let mut asked = JoinSet::new();
+        for (place, server) in self.servers.iter().enumerate() {
+            let Ok(name) = Name::from_ascii(format!("{place}.{}.{LOOP}", self.token)) else { continue };
+            let pool = pool(&[*server]);
+            asked.spawn(async move { ask(&pool, Query::query(name, RecordType::A)).await.is_ok() });
+        }
+        asked.join_all().await;
+        self.circular.lock().expect("nobody panics holding it").clone()
+    }
+}
+
+impl fmt::Display for Forwarder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let servers: Vec<_> = self.servers.iter().map(ToString::to_string).collect();
+        match &*servers {
+            [] if self.none => f.write_str("not the node's own, and dns.upstream names no server"),
+            [] => f.write_str("not the node's own, and there is no name server to ask"),
+            _ => write!(f, "not the node's own; forwarded to {}", servers.join(" or ")),
+        }
+    }
+}
+
+fn options() -> ResolverOpts {
+    let mut options = ResolverOpts::default();
+    options.timeout = PATIENCE;
+    // A port of the kernel's choice: others could be some service's, which is about to start.
+    options.os_port_selection = true;
+    options
+}
+
+fn pool(servers: &[SocketAddr]) -> Pool {
+    let servers = servers.iter().map(|server| {
+        let at_port = |mut connection: ConnectionConfig| {
+            connection.port = server.port();
+            connection
+        };
+        // TCP for what is too large for UDP.
+        let connections = [ConnectionConfig::udp(), ConnectionConfig::tcp()].map(at_port);
+        NameServerConfig::new(server.ip(), true, connections.into())
+    });
+    let context = PoolContext::new(options(), TlsConfig::new().expect("there is no TLS"));
+    let pool = NameServerPool::from_config(servers, Arc::new(context), TokioRuntimeProvider::default());
+    RetryDnsHandle::new(pool, 1)
+}
+
+/// The same question from several clients is asked once; so one that goes in a circle waits for
+/// itself, and fails.
+async fn ask(pool: &Pool, query: Query) -> Result<Message, NetError> {
+    let request = DnsRequest::from_query(query, DnsRequestOptions::default());
+    let answer = pool.send(request).first_answer();
+    // The pool tries for ever where it has too much to do.
+    match tokio::time::timeout(2 * PATIENCE, answer).await {
+        Ok(answer) => answer.map(DnsResponse::into_message),
+        Err(_) => Err(NetError::Timeout),
+    }
+}
+
+/// What a client is told. Negative answers are not to be kept: a service may get the name.
+fn own(result: Result<Message, NetError>) -> Own {
+    match result {
+        Ok(message) => Own {
+            code: message.metadata.response_code,
+            answers: message.answers,
+            authorities: message.authorities,
+            additionals: message.additionals,
+        },
+        Err(NetError::Dns(DnsError::NoRecordsFound(none))) => {
+            let authorities = none.soa.map(|soa| {
+                let mut soa = soa.into_record_of_rdata();
+                if let RData::SOA(data) = &mut soa.data {
+                    data.minimum = NEGATIVE_TTL;
+                }
+                soa.ttl = NEGATIVE_TTL;
+                soa
+            });
+            Own { authorities: authorities.into_iter().collect(), ..Own::failed(none.response_code) }
+        }
+        Err(NetError::Dns(DnsError::ResponseCode(code))) => Own::failed(code),
+        Err(error) => {
+            tracing::debug!("no answer from upstream: {error}");
+            Own::failed(ResponseCode::ServFail)
+        }
+    }
+}
+
+/// Who asks: all clients in one network namespace that share an address with its listener are one.
+pub(super) type ClientKey = (u64, Option<IpAddr>);
+
+/// Keeps one client from taking what all share.
+#[derive(Debug)]
+pub(super) struct Limits {
+    all: Arc<Semaphore>,
+    clients: Mutex<HashMap<ClientKey, Arc<Semaphore>>>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { all: Arc::new(Semaphore::new(IN_ALL)), clients: Mutex::default() }
+    }
+}
+
+impl Limits {
+    /// The right to have a question open; it ends with the permits.
+    pub(super) fn enter(&self, client: ClientKey) -> Option<[OwnedSemaphorePermit; 2]> {
+        let mut clients = self.clients.lock().expect("nobody panics holding it");
+        if clients.len() > IN_ALL {
+            clients.retain(|_, open| open.available_permits() < PER_CLIENT);
+        }
+        let own = clients.entry(client).or_insert_with(|| Arc::new(Semaphore::new(PER_CLIENT)));
+        let own = own.clone().try_acquire_owned().ok()?;
+        Some([own, self.all.clone().try_acquire_owned().ok()?])
+    }
+}
+
+/// Follows the configuration and the node's resolv.conf.
+pub(super) async fn follow(core: &Core, mut config: watch::Receiver<Arc<Config>>) {
+    let mut known = None;
+    loop {
+        let dns = config.borrow_and_update().dns.clone();
+        let wanted = wanted(&dns, Path::new(RESOLV_CONF));
+        if known.as_ref() != Some(&wanted) {
+            let (servers, problems) = wanted.clone();
+            for problem in &problems {
+                tracing::warn!("{problem}");
+            }
+            let none = dns.upstream == Upstream::These(Vec::new());
+            core.forwarder.store(Arc::new(Forwarder::new(servers, problems, none)));
+            leave_circles(core, none).await;
+            known = Some(wanted);
+        }
+        if let Ok(Err(_)) = tokio::time::timeout(PERIOD, config.changed()).await {
+            return;
+        }
+    }
+}
+
+/// Does without the servers that ask this daemon in turn.
+async fn leave_circles(core: &Core, none: bool) {
+    let forwarder = core.forwarder.load_full();
+    let circles = forwarder.find_circles().await;
+    if circles.is_empty() {
+        return;
+    }
+    let (mut servers, mut problems) = (Vec::new(), forwarder.problems.clone());
+    for (place, server) in forwarder.servers.iter().enumerate() {
+        if circles.contains(&place) {
+            let problem = format!("the name server {server} asks this daemon in turn, so it is not asked");
+            tracing::error!("{problem}");
+            problems.push(problem);
+        } else {
+            servers.push(*server);
+        }
+    }
+    core.forwarder.store(Arc::new(Forwarder::new(servers, problems, none)));
+}
+
+/// The servers to ask, and what is wrong with others.
+fn wanted(dns: &Dns, resolv_conf: &Path) -> (Vec<SocketAddr>, Vec<String>) {
+    if let Upstream::These(servers) = &dns.upstream {
+        return (servers.clone(), Vec::new());
+    }
+    let path = resolv_conf.display();
+    let text = match fs::read_to_string(resolv_conf) {
+        Ok(text) => text,
+        Err(error) => return (Vec::new(), vec![format!("dns.upstream: cannot read {path}: {error}")]),
+    };
+    let (mut servers, mut problems) = (Vec::new(), Vec::new());
+    for word in name_servers(&text) {
+        match word.parse().map(|ip: IpAddr| SocketAddr::new(ip, 53)) {
+            Ok(server) if dns.listen.contains(&server) => {}
+            Ok(server) => servers.push(server),
+            Err(_) => problems.push(format!("dns.upstream: {path} names {word:?}, which is no address")),
+        }
+    }
+    if servers.is_empty() {
+        problems.push(format!(
+            "dns.upstream: {path} names no server but this daemon: names that are not its own fail"
+        ));
+    }
+    (servers, problems)
+}
+
+fn name_servers(resolv_conf: &str) -> impl Iterator<Item = &str> {
+    let words = resolv_conf.lines().map(str::split_whitespace);
+    words.filter_map(|mut words| words.next().filter(|word| *word == "nameserver").and(words.next()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn dns(upstream: Upstream) -> Dns {
+        Dns { listen: vec!["127.64.0.53:53".parse().unwrap()], suffixes: Vec::new(), upstream }
+    }
+
+    fn from_resolv_conf(text: &str) -> (Vec<String>, Vec<String>) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), text).unwrap();
+        let (servers, problems) = wanted(&dns(Upstream::Auto), file.path());
+        (servers.iter().map(ToString::to_string).collect(), problems)
+    }
+
+    #[test]
+    fn the_node_s_servers_are_asked_but_never_the_daemon_itself() {
+        let text = "# nameserver 1.1.1.1\nsearch x\nnameserver 127.64.0.53\nnameserver 10.0.0.2 # first\n\
+                    \tnameserver fd00::2\n;nameserver 9.9.9.9\nnameserver";
+        assert_eq!(from_resolv_conf(text), (vec!["10.0.0.2:53".into(), "[fd00::2]:53".into()], vec![]));
+        let (servers, problems) = from_resolv_conf("nameserver 127.64.0.53\n");
+        assert_eq!((servers.len(), problems.len()), (0, 1));
+        assert!(problems[0].contains("no server but this daemon"), "{problems:?}");
+        let (servers, problems) = from_resolv_conf("nameserver fe80::1%eth0\nnameserver 10.0.0.2\n");
+        assert_eq!(servers, ["10.0.0.2:53"]);
+        assert!(problems[0].contains("\"fe80::1%eth0\""), "{problems:?}");
+        let (_, problems) = wanted(&dns(Upstream::Auto), Path::new("/nowhere"));
+        assert!(problems[0].contains("/nowhere"), "{problems:?}");
+    }
+
+    #[test]
+    fn a_question_that_comes_back_is_recognized() {
+        let forwarder = Forwarder::new(vec!["10.0.0.2:53".parse().unwrap()], Vec::new(), false);
+        let hear = |name: &str| forwarder.hear(&Name::from_ascii(name).unwrap());
+        assert!(!hear("www.example.com."));
+        // Another daemon's is nobody's name either.
+        assert!(hear("0.0123456789abcdef.mesh-loop."));
+        assert!(forwarder.circular.lock().unwrap().is_empty());
+        assert!(hear(&format!("0.{}.MESH-LOOP.", forwarder.token)));
+        assert_eq!(*forwarder.circular.lock().unwrap(), BTreeSet::from([0]));
+    }
+
+    #[test]
+    fn one_client_cannot_take_what_all_share() {
+        let limits = Limits::default();
+        let greedy: Vec<_> = (0..2 * PER_CLIENT).map_while(|_| limits.enter((1, None))).collect();
+        assert_eq!(greedy.len(), PER_CLIENT);
+        assert!(limits.enter((2, None)).is_some(), "another namespace");
+        assert!(limits.enter((1, Some("10.0.0.9".parse().unwrap()))).is_some(), "another address");
+        drop(greedy);
+        assert!(limits.enter((1, None)).is_some());
+        let all: Vec<_> = (10..).map_while(|client| limits.enter((client, None))).collect();
+        assert_eq!(all.len(), IN_ALL);
+    }
+
+    #[test]
+    fn clients_that_are_gone_are_forgotten() {
+        let limits = Limits::default();
+        for client in 0..10 * IN_ALL as u64 {
+            limits.enter((client, None));
+        }
+        assert!(limits.clients.lock().unwrap().len() <= IN_ALL + 2);
+    }
+}
