@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
-use crate::{api::objects, config, daemon, datapath, registry, upkeep};
+use crate::{api::objects, config, daemon, datapath, namespaces, registry};
 
 mod bpf;
 mod check;
@@ -222,7 +222,7 @@ impl Cli {
                 for path in datapath::cleanup(&pins)? {
                     eprintln!("removed {}", path.display());
                 }
-                upkeep::cleanup(&pins).context("cannot remove the routes for the VIP ranges")?;
+                namespaces::cleanup(&pins).context("cannot remove the routes for the VIP ranges")?;
             }
             Command::Completion { shell } => {
                 let mut script = Vec::new();

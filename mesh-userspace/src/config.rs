@@ -47,8 +47,6 @@ pub struct Config {
     pub dns: Dns,
     pub datapath: Datapath,
     pub registries: Vec<Registry>,
-    /// Keys that this version reads but does not act on.
-    pub later: Vec<&'static str>,
 }
 
 #[derive(Clone, Debug, PartialEq, Deserialize)]
@@ -249,7 +247,6 @@ fn parse(path: &Path, text: &str) -> Result<Config, Error> {
         dns,
         datapath: raw.datapath.into_inner(),
         registries,
-        later: raw.dns.intercept.filter(|wanted| *wanted).map(|_| "dns.intercept").into_iter().collect(),
     })
 }
 
@@ -350,7 +347,7 @@ impl Config {
             ("api", self.api != other.api),
             ("web", self.web != other.web),
             ("vip", self.rules.vip_ranges != other.rules.vip_ranges),
-            ("dns", self.dns.listen != other.dns.listen),
+            ("dns", (&self.dns.listen, self.dns.intercept) != (&other.dns.listen, other.dns.intercept)),
             ("datapath", self.datapath != other.datapath),
         ];
         keys.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key).collect()

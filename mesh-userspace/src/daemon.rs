@@ -27,7 +27,8 @@ use crate::{
     config::{self, Config, Registry},
     datapath::{self, Datapath, Pins},
     dns,
-    netns::routes,
+    namespaces::{Names, Namespaces},
+    netns::{self, routes},
     plan::Applied,
     reconcile::{Reconciler, Report},
     registry::{self, Publisher, State, file::Source},
@@ -63,9 +64,6 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         config.api.socket = socket;
     }
     let watch = config::Watch::new(config.path.as_deref());
-    for key in &config.later {
-        tracing::warn!("this version does not act on {key} yet");
-    }
     let cgroup = config.node.cgroup()?;
     check_ranges(&config.rules.vip_ranges)?;
     let options = datapath::Options {
@@ -91,7 +89,10 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
     let pins = datapath.pins().clone();
     let (leaving, left) = mpsc::channel();
     let reconciler = Reconciler::new(datapath, config.node.zone.clone(), leaving)?;
-    let upkeep = Upkeep::new(&pins, cgroup.clone(), config.rules.vip_ranges.clone(), reconciler.applied())?;
+    let upkeep = Upkeep::new(&pins, cgroup.clone(), reconciler.applied())?;
+    let core = Arc::<dns::Core>::default();
+    let names = intercept(&config, &pins, &core)?;
+    let namespaces = Namespaces::new(&pins, cgroup.clone(), config.rules.vip_ranges.clone(), names);
     let socket_path = config.api.socket.clone();
     let (config, _) = watch::channel(Arc::new(config));
     let registries = watch::Sender::new(Vec::new());
@@ -102,7 +103,7 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         catalog: catalog.clone(),
         applied: reconciler.applied(),
         report: reconciler.report(),
-        dns: Arc::default(),
+        dns: core,
         listen,
         stats: datapath::Stats::open(&pins)?,
         pins,
@@ -119,6 +120,8 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         reconciler.run(&runtime, catalog);
     });
     let upkeep = std::thread::spawn(move || upkeep.run(&left));
+    let (stopped, stop) = io::pipe()?;
+    let namespaces = std::thread::spawn(move || namespaces.run(&stopped));
     let mut merge = tokio::spawn(merge(registries.subscribe(), vips, catalog_sender));
     let names =
         dns::run(view.dns.clone(), listeners, config.subscribe(), view.report.clone(), view.applied.clone());
@@ -137,10 +140,11 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         end = &mut web => Err(anyhow!("the web page has ended: {end:?}")),
     };
 
+    drop(stop);
     // The last catalog is written before the writer's channel closes.
     merge.abort();
     let _ = merge.await;
-    let _ = tokio::task::spawn_blocking(move || (writer.join(), upkeep.join())).await;
+    let _ = tokio::task::spawn_blocking(move || (writer.join(), upkeep.join(), namespaces.join())).await;
     let _ = std::fs::remove_file(socket_path);
     tracing::info!("mesh stops; the datapath stays in place (`mesh cleanup` removes it)");
     end
@@ -156,6 +160,18 @@ fn check_ranges(ranges: &[IpNet]) -> anyhow::Result<()> {
         tracing::warn!("{overlap}: what has an address there cannot be reached");
     }
     Ok(())
+}
+
+/// What answers tasks' queries, whichever name server they ask.
+fn intercept(config: &Config, pins: &Pins, core: &Arc<dns::Core>) -> anyhow::Result<Option<Names>> {
+    if !config.dns.intercept {
+        return Ok(None);
+    }
+    if !netns::is_host_pid_namespace()? {
+        tracing::warn!("dns.intercept needs the host's PID namespace: tasks' queries go where they are sent");
+        return Ok(None);
+    }
+    Ok(Some(Names::new(pins, core.clone(), Handle::current())?))
 }
 
 /// Clients and name servers may need more files than a process has at first.

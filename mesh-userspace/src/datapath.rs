@@ -31,6 +31,7 @@ use mesh_common::{
 };
 
 pub use aya::programs::ProgramInfo;
+pub use nameservers::{NameServers, Sights};
 
 use crate::{
     model::DRAIN,
@@ -42,6 +43,7 @@ use crate::{
 
 mod migrate;
 pub mod mounts;
+mod nameservers;
 mod resize;
 pub mod sys;
 
@@ -266,9 +268,11 @@ impl Datapath {
 
     /// Puts the programs in place of those of another layout, if it is such that run, and takes
     /// over what these know. A socket that connects at the same moment may show its backend as its
-    /// peer until this returns.
-    pub fn take_over(&mut self, applied: &Applied) -> Result<()> {
-        let Some(old) = migrate::Old::open(&self.pins)? else { return self.attach() };
+    /// peer until this returns. Returns whether it was so.
+    pub fn take_over(&mut self, applied: &Applied) -> Result<bool> {
+        let Some(old) = migrate::Old::open(&self.pins)? else {
+            return self.attach().map(|()| false);
+        };
         let sockets = Sockets::open(&self.pins)?;
         old.carry_tables(&mut self.maps, &self.pins, applied)?;
         let (before, _) = old.carry_sockets(&sockets, applied);
@@ -280,7 +284,7 @@ impl Datapath {
         if lost > 0 {
             tracing::warn!("no place for {lost} more: they show their backends, and are on no count");
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Puts the programs in place: into the pinned links, or into new ones where there are none.

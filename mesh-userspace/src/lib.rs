@@ -8,6 +8,7 @@ pub mod daemon;
 pub mod datapath;
 pub mod dns;
 pub mod model;
+pub mod namespaces;
 pub mod netns;
 pub mod plan;
 pub mod reconcile;

@@ -42,6 +42,11 @@ impl NetNs {
         Ok(Self { inode: file.metadata()?.ino(), file })
     }
 
+    /// `None` if the process has ended.
+    pub fn of_process(pid: u32) -> io::Result<Option<Self>> {
+        unless_gone(Self::open(Path::new(&format!("/proc/{pid}/ns/net"))))
+    }
+
     /// Runs `work` in the namespace, on a thread of its own: the caller stays where it is.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
         let inside = || {
@@ -75,8 +80,30 @@ fn places() -> io::Result<Vec<PathBuf>> {
             paths.extend(tasks.map_while(Result::ok).map(|task| task.path().join("ns/net")));
         }
     }
-    paths.extend(named(&fs::read_to_string("/proc/self/mountinfo")?).into_iter().map(Into::into));
+    paths.extend(names()?);
     Ok(paths)
+}
+
+/// The namespaces that have a name.
+pub fn with_names() -> Opened {
+    match names() {
+        Ok(paths) => open(paths),
+        Err(error) => (Vec::new(), Err(error)),
+    }
+}
+
+fn names() -> io::Result<impl Iterator<Item = PathBuf>> {
+    Ok(named(&fs::read_to_string("/proc/self/mountinfo")?).into_iter().map(Into::into))
+}
+
+/// The numbers of the namespaces that these threads are in and of those that have a name.
+pub fn present(tasks: &BTreeSet<u32>) -> io::Result<BTreeSet<u64>> {
+    let mut present = BTreeSet::new();
+    let of_tasks = tasks.iter().map(|task| format!("/proc/{task}/ns/net").into());
+    for path in of_tasks.chain(names()?) {
+        present.extend(unless_gone(fs::metadata(path))?.map(|meta| meta.ino()));
+    }
+    Ok(present)
 }
 
 /// The namespaces of the threads in a cgroup and everything below it, but only of those that are

@@ -15,7 +15,7 @@ use crate::{
     datapath::{Datapath, Error, Maps},
     model::Protocol,
     plan::{self, Applied, Endpoint, Op},
-    upkeep::Leaving,
+    upkeep::{Leaving, News},
 };
 
 /// How often the programs' places are looked at, and how long after a failed write the next try
@@ -42,7 +42,7 @@ pub struct Reconciler {
     /// Whether our programs, not those of an earlier daemon, were put in place.
     attached: bool,
     /// Who is told which backends are gone.
-    leaving: mpsc::Sender<Leaving>,
+    leaving: mpsc::Sender<News>,
     zone: Option<String>,
     /// Backends of services with a slow start, and since when they are known.
     warming: BTreeMap<(Frontend, Endpoint), Instant>,
@@ -79,7 +79,7 @@ impl Reconciler {
     pub fn new(
         mut datapath: Datapath,
         zone: Option<String>,
-        leaving: mpsc::Sender<Leaving>,
+        leaving: mpsc::Sender<News>,
     ) -> Result<Self, Error> {
         let applied = datapath.maps.restore()?;
         let attached = !applied.frontends.is_empty() && !datapath.is_another_version_in_use()?;
@@ -189,7 +189,7 @@ impl Reconciler {
                     |leaving: &Leaving| matches!(op, Op::DeleteBackend { id, .. } if *id == leaving.backend);
                 if let Some(leaving) = leaving.next_if(is_its) {
                     // Without anybody to tell, the daemon is about to end.
-                    let _ = self.leaving.send(leaving);
+                    let _ = self.leaving.send(News::Left(leaving));
                 }
             }
             self.reclaim();
@@ -249,7 +249,9 @@ impl Reconciler {
 
     fn attach(&mut self) -> Result<(), Error> {
         if !self.attached {
-            self.datapath.take_over(&self.applied.read().expect("no writer panics"))?;
+            if self.datapath.take_over(&self.applied.read().expect("no writer panics"))? {
+                let _ = self.leaving.send(News::TakenOver);
+            }
             self.attached = true;
         }
         Ok(())

@@ -1,6 +1,5 @@
-//! What the daemon does on the node besides the maps: in every network namespace it refuses the
-//! VIP ranges to whatever is not translated, closes sockets that are left behind on backends that
-//! are gone, and takes sockets off the counts that ended unseen.
+//! What the daemon does about sockets: it closes those that are left behind on backends that are gone,
+//! in every network namespace, and takes those off the counts that ended unseen.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
@@ -10,20 +9,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use ipnet::IpNet;
-use xxhash_rust::xxh3::xxh3_64;
-
 use crate::{
     datapath::{Pins, Place, Sockets},
     model::Protocol,
-    netns::{self, routes, sockets},
+    netns::{self, sockets},
     plan::{Applied, Endpoint},
 };
 
-/// How often new namespaces are looked for.
+/// How long until sockets are looked at again that were to be closed, or that do not fit.
 const PERIOD: Duration = Duration::from_secs(1);
-/// Every so many looks all namespaces are looked at.
-const FULL_LOOK: u32 = 30;
 /// When it is tried again to close what could not be.
 const RETRY: Duration = Duration::from_secs(10);
 /// How often the counts are compared with the sockets that there are.
@@ -45,20 +39,22 @@ impl Leaving {
     }
 }
 
+/// What the writer of the maps tells.
+#[derive(Clone, Copy, Debug)]
+pub enum News {
+    Left(Leaving),
+    /// The sockets of another version were taken over. Some may have ended unseen meanwhile.
+    TakenOver,
+}
+
 /// Sockets by their cookies, and what they are connected to.
 type Peers = HashMap<u64, (Protocol, Endpoint)>;
 
 pub struct Upkeep {
     cgroup: PathBuf,
-    ranges: Vec<IpNet>,
-    priority: u32,
     sockets: Sockets,
     applied: Arc<RwLock<Applied>>,
     leaving: BTreeMap<u32, Leaving>,
-    /// Threads whose namespaces have been dealt with. A namespace's number may soon be another
-    /// one's, so it is no use to remember those.
-    tasks: BTreeSet<u32>,
-    looks: u32,
     /// Places that did not fit their sockets at the last audit.
     suspects: Vec<Place>,
     warned: BTreeSet<&'static str>,
@@ -68,32 +64,22 @@ impl Upkeep {
     pub fn new(
         pins: &Pins,
         cgroup: PathBuf,
-        ranges: Vec<IpNet>,
         applied: Arc<RwLock<Applied>>,
     ) -> Result<Self, crate::datapath::Error> {
         Ok(Self {
             cgroup,
-            ranges,
-            priority: priority(pins),
             sockets: Sockets::open(pins)?,
             applied,
             leaving: BTreeMap::new(),
-            tasks: BTreeSet::new(),
-            looks: 0,
             suspects: Vec::new(),
             warned: BTreeSet::new(),
         })
     }
 
     /// Works until the sender is gone. Blocks: run it on a thread of its own.
-    pub fn run(mut self, leaving: &mpsc::Receiver<Leaving>) {
-        let mut look = Instant::now();
+    pub fn run(mut self, news: &mpsc::Receiver<News>) {
         let mut audit = Instant::now();
         loop {
-            if look <= Instant::now() {
-                look = Instant::now() + PERIOD;
-                self.guard();
-            }
             if audit <= Instant::now() {
                 let result = self.audit();
                 self.report("cannot compare the counts with the sockets", result);
@@ -101,31 +87,15 @@ impl Upkeep {
             }
             let result = self.close();
             self.report("cannot close sockets that are left behind", result);
-            let next = self.leaving.values().map(|leaving| leaving.due).chain([look]).min().unwrap_or(look);
+            let next = self.leaving.values().map(|leaving| leaving.due).chain([audit]).min().unwrap_or(audit);
             // A socket that could not be closed is tried again, but not at once.
             let wait = next.saturating_duration_since(Instant::now()).max(Duration::from_millis(20));
-            match leaving.recv_timeout(wait) {
-                Ok(new) => drop(self.leaving.insert(new.backend, new)),
+            match news.recv_timeout(wait) {
+                Ok(News::Left(new)) => drop(self.leaving.insert(new.backend, new)),
+                Ok(News::TakenOver) => audit = Instant::now(),
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
                 Err(mpsc::RecvTimeoutError::Disconnected) => return,
             }
-        }
-    }
-
-    /// Refuses the VIP ranges in the namespaces of new threads, and now and then in all of them:
-    /// a thread may have changed its namespace.
-    fn guard(&mut self) {
-        if self.looks.is_multiple_of(FULL_LOOK) {
-            self.tasks.clear();
-            let result = routes::refuse(&self.ranges, self.priority);
-            self.report("cannot set a route for the VIP ranges", result);
-        }
-        self.looks = self.looks.wrapping_add(1);
-        let (namespaces, complete) = netns::of_cgroup(&self.cgroup, &mut self.tasks);
-        self.report("cannot open every network namespace of the tasks", complete);
-        for namespace in namespaces {
-            let result = namespace.run(|| routes::refuse(&self.ranges, self.priority));
-            self.report("cannot set a route for the VIP ranges in a network namespace", result);
         }
     }
 
@@ -302,22 +272,4 @@ fn close(left: &HashMap<u64, Place>) -> io::Result<Vec<Place>> {
         }
     }
     Ok(closed)
-}
-
-/// Removes the routes of the daemon with these pins, from every namespace.
-pub fn cleanup(pins: &Pins) -> io::Result<()> {
-    let priority = priority(pins);
-    let (namespaces, complete) = netns::all();
-    for namespace in namespaces {
-        namespace.run(|| routes::refuse(&[], priority))?;
-    }
-    complete
-}
-
-/// Each daemon has routes of its own, told apart by its pin folder.
-fn priority(pins: &Pins) -> u32 {
-    const LARGE: u32 = 1 << 30;
-    #[expect(clippy::cast_possible_truncation, reason = "any bits will do")]
-    let hash = xxh3_64(pins.dir().as_os_str().as_encoded_bytes()) as u32;
-    LARGE | hash >> 2
 }

@@ -15,7 +15,7 @@ use crate::tools::{self, as_root, cargo, find, output, run};
 const BPF_LINKER: &str = "0.10.3";
 
 /// Debian packages that the tests need, and a command that works where each of them is there.
-const PACKAGES: [(&str, &str); 20] = [
+const PACKAGES: &[(&str, &str)] = &[
     ("bpftool", "bpftool version"),
     ("curl", "curl --version"),
     ("nginx", "nginx -v"),
@@ -55,7 +55,7 @@ const KERNELS: [(&str, &str); 2] = [
 
 pub(crate) fn everything() -> anyhow::Result<()> {
     toolchain()?;
-    packages(&PACKAGES)?;
+    packages(PACKAGES)?;
     packages(&LATER_PACKAGES)?;
     if cfg!(not(target_arch = "x86_64")) {
         return Ok(());

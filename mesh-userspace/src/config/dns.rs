@@ -13,6 +13,8 @@ pub struct Dns {
     pub listen: Vec<SocketAddr>,
     /// In lower case. Names below these never leave the node.
     pub suffixes: Vec<String>,
+    /// Whether tasks' queries come here, whichever name server they ask.
+    pub intercept: bool,
     pub upstream: Upstream,
 }
 
@@ -30,7 +32,7 @@ pub enum Upstream {
 pub(super) struct Raw {
     listen: Vec<toml::Spanned<String>>,
     suffixes: Vec<toml::Spanned<String>>,
-    pub(super) intercept: Option<bool>,
+    intercept: bool,
     upstream: toml::Spanned<RawUpstream>,
 }
 
@@ -47,7 +49,7 @@ impl Default for Raw {
         Self {
             listen: vec![spanned("127.64.0.53:53")],
             suffixes: vec![spanned("service.local")],
-            intercept: None,
+            intercept: true,
             upstream: toml::Spanned::new(0..0, RawUpstream::Word("auto".into())),
         }
     }
@@ -109,6 +111,6 @@ impl Raw {
                 Upstream::These(these)
             }
         };
-        Ok(Dns { listen, suffixes, upstream })
+        Ok(Dns { listen, suffixes, intercept: self.intercept, upstream })
     }
 }

@@ -198,6 +198,24 @@ pub fn programs_on(cgroup: BorrowedFd<'_>, hook: bpf_attach_type) -> io::Result<
     Ok(ids)
 }
 
+/// The cookie of a socket's network namespace: the kernel's number for it, never used again
+/// (`SO_NETNS_COOKIE`, Linux 5.14).
+pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut cookie = 0u64;
+    let mut size = libc::socklen_t::try_from(size_of::<u64>()).expect("8");
+    // SAFETY: the kernel writes at most `size` bytes to an integer of that size.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            ptr::from_mut(&mut cookie).cast(),
+            &raw mut size,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
 fn raw(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd().cast_unsigned()
 }

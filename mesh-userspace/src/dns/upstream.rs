@@ -301,7 +301,12 @@ mod tests {
     use super::*;
 
     fn dns(upstream: Upstream) -> Dns {
-        Dns { listen: vec!["127.64.0.53:53".parse().unwrap()], suffixes: Vec::new(), upstream }
+        Dns {
+            listen: vec!["127.64.0.53:53".parse().unwrap()],
+            suffixes: Vec::new(),
+            intercept: true,
+            upstream,
+        }
     }
 
     fn from_resolv_conf(text: &str) -> (Vec<String>, Vec<String>) {

@@ -1,0 +1,164 @@
+//! Listening for queries in other network namespaces.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
+};
+
+use mesh_common::abi::{NameServer, Namespace, Port};
+use rustix::{
+    io::Errno,
+    net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt},
+};
+use tokio::{runtime::Handle, task::AbortHandle};
+
+use crate::{
+    datapath::{self, NameServers, Pins, Sights, sys},
+    dns,
+    netns::NetNs,
+};
+
+/// Where tasks of the same namespace reach the daemon. Only the hooks know; the address is not one
+/// that a task would use.
+const ADDRESSES: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::new(127, 64, 0, 53)), IpAddr::V6(Ipv6Addr::LOCALHOST)];
+
+/// The first that is free in a namespace: another daemon may have taken one. Not 53, so that a task can
+/// be a name server on all addresses; below 1024, so that no other user can take the daemon's place.
+const PORTS: std::ops::RangeInclusive<u16> = 54..=65;
+
+/// How many TCP connections may wait to be accepted.
+const BACKLOG: i32 = 1024;
+
+/// The daemon's listeners, and what the kernel knows of them.
+pub struct Names {
+    servers: NameServers,
+    sights: Sights,
+    core: Arc<dns::Core>,
+    runtime: Handle,
+    open: BTreeMap<u64, Open>,
+}
+
+/// What is open in a namespace.
+struct Open {
+    cookie: u64,
+    serving: Vec<AbortHandle>,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.serving.iter().for_each(AbortHandle::abort);
+    }
+}
+
+/// A UDP socket and a TCP listener at one address.
+type Pair = (UdpSocket, TcpListener);
+
+impl Names {
+    /// Nothing is known yet of any namespace.
+    pub fn new(pins: &Pins, core: Arc<dns::Core>, runtime: Handle) -> datapath::Result<Self> {
+        let mut servers = NameServers::open(pins)?;
+        // What an earlier daemon left, and what it was told of.
+        servers.retain(|_| false)?;
+        Ok(Self { servers, sights: Sights::open(pins)?, core, runtime, open: BTreeMap::new() })
+    }
+
+    /// Listens in a namespace, unless it does so already.
+    pub(super) fn listen(&mut self, namespace: &NetNs) -> io::Result<()> {
+        if self.open.contains_key(&namespace.inode) {
+            return Ok(());
+        }
+        let (cookie, pairs) = namespace.run(|| {
+            let mut pairs = Vec::new();
+            for address in ADDRESSES {
+                pairs.extend(pair(address)?);
+            }
+            let cookie = pairs.first().map(|(udp, _)| sys::netns_cookie(udp.as_fd())).transpose()?;
+            Ok((cookie, pairs))
+        })?;
+        let Some(cookie) = cookie else { return Ok(()) };
+        let _runtime = self.runtime.enter();
+        let mut open = Open { cookie, serving: Vec::new() };
+        for (udp, tcp) in pairs {
+            let address = udp.local_addr()?;
+            let listener = dns::Listener::new(udp, tcp)?;
+            open.serving.push(self.runtime.spawn(listener.serve(self.core.clone())).abort_handle());
+            let server = NameServer::new(address.ip().into(), Port::new(address.port()), std::process::id());
+            let key = Namespace::new(cookie, address.is_ipv4());
+            self.servers.set(key, server).map_err(io::Error::other)?;
+        }
+        self.open.insert(namespace.inode, open);
+        Ok(())
+    }
+
+    /// Listens where queries were seen.
+    pub(super) fn answer_sights(&mut self) -> io::Result<()> {
+        let mut result = Ok(());
+        for sight in self.sights.take() {
+            match NetNs::of_process(sight.process) {
+                Ok(Some(namespace)) => result = result.and(self.listen(&namespace)),
+                Ok(None) => {}
+                Err(error) => result = result.and(Err(error)),
+            }
+        }
+        result.and(self.forget_rest())
+    }
+
+    /// Leaves all namespaces but these.
+    pub(super) fn retain(&mut self, present: &BTreeSet<u64>) -> io::Result<()> {
+        let before = self.open.len();
+        self.open.retain(|inode, _| present.contains(inode));
+        if self.open.len() == before { Ok(()) } else { self.forget_rest() }
+    }
+
+    /// The kernel tells again of namespaces that it does not know.
+    fn forget_rest(&mut self) -> io::Result<()> {
+        let open: BTreeSet<_> = self.open.values().map(|open| open.cookie).collect();
+        self.servers.retain(|namespace| open.contains(&namespace.cookie)).map_err(io::Error::other)
+    }
+}
+
+impl AsFd for Names {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.sights.as_fd()
+    }
+}
+
+/// Sockets in the namespace of the calling thread; none where it does not have this family.
+fn pair(address: IpAddr) -> io::Result<Option<Pair>> {
+    for port in PORTS {
+        let address = SocketAddr::new(address, port);
+        let sockets = open(address, SocketType::DGRAM)
+            .and_then(|udp| open(address, SocketType::STREAM).map(|tcp| (udp.into(), tcp.into())));
+        match sockets {
+            Err(Errno::ADDRINUSE) => {}
+            Err(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => return Ok(None),
+            sockets => return Ok(Some(sockets?)),
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::AddrInUse, format!("ports {PORTS:?} of {address} are all in use")))
+}
+
+fn open(address: SocketAddr, kind: SocketType) -> rustix::io::Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
+    // The namespace is new: its loopback device may not be up yet.
+    if address.is_ipv4() {
+        sockopt::set_ip_freebind(&socket, true)?;
+    } else {
+        sockopt::set_ipv6_v6only(&socket, true)?;
+        sockopt::set_ipv6_freebind(&socket, true)?;
+    }
+    let is_stream = kind == SocketType::STREAM;
+    if is_stream {
+        // What an earlier daemon answered here may still be waited for.
+        sockopt::set_socket_reuseaddr(&socket, true)?;
+    }
+    bind(&socket, &address)?;
+    if is_stream {
+        listen(&socket, BACKLOG)?;
+    }
+    Ok(socket)
+}
