@@ -10,7 +10,10 @@ use std::{
     fs::{self, File, TryLockError},
     io,
     mem::offset_of,
-    os::{fd::AsFd, unix::fs::MetadataExt},
+    os::{
+        fd::{AsFd, BorrowedFd},
+        unix::fs::MetadataExt,
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -546,6 +549,35 @@ const fn in_words(bytes: usize) -> u32 {
     (bytes / size_of::<u64>()) as u32
 }
 
+/// What a connection says of its socket, as in [`Place`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record {
+    pub backend: u64,
+    pub service: u32,
+    pub peer: Endpoint,
+}
+
+impl Record {
+    fn read(word: impl Fn(u32) -> u64) -> Self {
+        let bytes = |at: usize| word(in_words(at)).to_ne_bytes();
+        let mut octets = [0; 16];
+        octets[..8].copy_from_slice(&bytes(PEER_ADDRESS));
+        octets[8..].copy_from_slice(&bytes(PEER_ADDRESS + 8));
+        let rest = bytes(PEER_PORT);
+        let (port, service) = (PEER_PORT % size_of::<u64>(), SERVICE % size_of::<u64>());
+        let port = u16::from_be_bytes([rest[port], rest[port + 1]]);
+        let service = u32::from_ne_bytes(rest[service..service + 4].try_into().expect("4 bytes"));
+        let peer = Endpoint { address: Address::from_octets(octets), port: Port::new(port) };
+        Self { backend: word(0), service, peer }
+    }
+
+    /// From a value of `ORIGIN`.
+    pub fn parse(value: &[u8]) -> Option<Self> {
+        let words: Vec<_> = value.as_chunks().0.iter().map(|word| u64::from_ne_bytes(*word)).collect();
+        (value.len() == size_of::<Connection>()).then(|| Self::read(|word| words[word as usize]))
+    }
+}
+
 /// The sockets that have a place in `SOCKETS`.
 pub struct Sockets {
     cookies: Words,
@@ -553,6 +585,7 @@ pub struct Sockets {
     load: Words,
     settings: Words,
     services: u32,
+    storage: MapData,
 }
 
 impl Sockets {
@@ -562,7 +595,9 @@ impl Sockets {
         let load = pinned(&pins.maps(), map::LOAD, size_of::<u32>(), size_of::<u64>())?;
         let settings = pinned(&pins.maps(), map::SETTINGS, size_of::<u32>(), size_of::<Settings>())?;
         let (backends, services) = (entries(&load, map::LOAD)?, entries(&settings, map::SETTINGS)?);
+        let storage = pinned(&pins.maps(), map::ORIGIN, size_of::<u32>(), size_of::<Connection>())?;
         Ok(Self {
+            storage,
             cookies: words(&cookies, map::SOCKETS, PLACES)?,
             connections: words(&connections, map::CONNECTIONS, PLACES * CONNECTION_WORDS)?,
             load: words(&load, map::LOAD, backends)?,
@@ -586,17 +621,19 @@ impl Sockets {
         if cookie == 0 {
             return None;
         }
-        let word = |at: usize| self.connections.load(index * CONNECTION_WORDS + in_words(at)).to_ne_bytes();
-        let mut octets = [0; 16];
-        octets[..8].copy_from_slice(&word(PEER_ADDRESS));
-        octets[8..].copy_from_slice(&word(PEER_ADDRESS + 8));
-        let rest = word(PEER_PORT);
-        let (port, service) = (PEER_PORT % size_of::<u64>(), SERVICE % size_of::<u64>());
-        let port = u16::from_be_bytes([rest[port], rest[port + 1]]);
-        let service = u32::from_ne_bytes(rest[service..service + 4].try_into().expect("4 bytes"));
-        let peer = Endpoint { address: Address::from_octets(octets), port: Port::new(port) };
-        let backend = self.connections.load(index * CONNECTION_WORDS);
+        let Record { backend, service, peer } =
+            Record::read(|word| self.connections.load(index * CONNECTION_WORDS + word));
         Some(Place { index, cookie, backend, service, peer })
+    }
+
+    /// The map whose values are kept with the sockets that find no place.
+    pub fn storage(&self) -> BorrowedFd<'_> {
+        self.storage.fd().as_fd()
+    }
+
+    /// How many sockets are counted on a backend.
+    pub fn load(&self, backend: u32) -> u64 {
+        self.load.load(backend)
     }
 
     /// How long a service's sockets outlive their backends.

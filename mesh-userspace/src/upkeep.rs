@@ -4,13 +4,14 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     io,
+    os::fd::BorrowedFd,
     path::PathBuf,
     sync::{Arc, RwLock, mpsc},
     time::{Duration, Instant},
 };
 
 use crate::{
-    datapath::{Pins, Place, Sockets},
+    datapath::{Pins, Place, Record, Sockets},
     model::Protocol,
     netns::{self, sockets},
     plan::{Applied, Endpoint},
@@ -28,6 +29,7 @@ const AUDIT: Duration = Duration::from_secs(60);
 pub struct Leaving {
     pub backend: u32,
     was: (Protocol, Endpoint),
+    drain: Duration,
     due: Instant,
     /// Whether a service had it again, under another id, when it was due.
     was_back: bool,
@@ -35,7 +37,7 @@ pub struct Leaving {
 
 impl Leaving {
     pub fn new(backend: u32, was: (Protocol, Endpoint), drain: Duration) -> Self {
-        Self { backend, was, due: Instant::now() + drain, was_back: false }
+        Self { backend, was, drain, due: Instant::now() + drain, was_back: false }
     }
 }
 
@@ -45,6 +47,15 @@ pub enum News {
     Left(Leaving),
     /// The sockets of another version were taken over. Some may have ended unseen meanwhile.
     TakenOver,
+}
+
+/// Sockets to close.
+#[derive(Default)]
+struct Left {
+    /// Those with a place, by their cookies.
+    places: HashMap<u64, Place>,
+    /// The backends of those without one.
+    stored: HashSet<(u64, Endpoint)>,
 }
 
 /// Sockets by their cookies, and what they are connected to.
@@ -102,14 +113,14 @@ impl Upkeep {
     /// Closes what is due.
     fn close(&mut self) -> io::Result<()> {
         let left = self.left();
-        if left.is_empty() {
+        if left.places.is_empty() && left.stored.is_empty() {
             return Ok(());
         }
         let mut found = Vec::new();
         let (namespaces, mut result) = netns::all();
         for namespace in namespaces {
             // What does not work in one may work in the next.
-            match namespace.run(|| close(&left)) {
+            match namespace.run(|| close(&left, self.sockets.storage())) {
                 Ok(closed) => found.extend(closed),
                 Err(error) => result = Err(error),
             }
@@ -118,9 +129,10 @@ impl Upkeep {
             tracing::info!("closed {} sockets that were left behind on backends that are gone", found.len());
         }
         // Those that had sockets to close are looked at again.
-        let closed: HashSet<_> = found.iter().map(|place| place.backend).collect();
-        let rest = left.values().map(|place| place.backend).filter(|id| !closed.contains(id));
-        let rest: HashSet<_> = rest.filter_map(|id| u32::try_from(id).ok()).collect();
+        let placed = left.places.values().map(|place| place.backend);
+        let all = placed.chain(left.stored.iter().map(|(backend, _)| *backend));
+        let rest = all.filter(|id| !found.contains(id)).filter_map(|id| u32::try_from(id).ok());
+        let rest: HashSet<_> = rest.collect();
         // A kernel that cannot close sockets will not learn it.
         let unable = |error: &io::Error| error.raw_os_error() == Some(libc::EOPNOTSUPP);
         if result.as_ref().err().is_none_or(unable) {
@@ -132,11 +144,11 @@ impl Upkeep {
         result
     }
 
-    /// The sockets whose time is over, by their cookies.
-    fn left(&mut self) -> HashMap<u64, Place> {
+    /// The sockets whose time is over.
+    fn left(&mut self) -> Left {
         let now = Instant::now();
         let due: Vec<_> = self.leaving.values().filter(|leaving| leaving.due <= now).copied().collect();
-        let mut left = HashMap::new();
+        let mut left = Left::default();
         if due.is_empty() {
             return left;
         }
@@ -153,18 +165,21 @@ impl Upkeep {
         for leaving in due {
             let Leaving { backend, was: (protocol, endpoint), was_back, .. } = leaving;
             let held = places.remove(&(backend.into(), endpoint)).unwrap_or_default();
-            let Some(one) = held.first().filter(|_| applied.is_resting(backend)) else {
+            if !applied.is_resting(backend) {
                 self.leaving.remove(&backend);
                 continue;
-            };
+            }
             let is_back = back.contains(&(protocol.number(), endpoint));
             // One that was back and went for good has its drain time once more. The others are
             // looked at again, until none of their sockets is found any more.
             let goes_again = was_back && !is_back;
-            let wait = if goes_again { self.sockets.drain(one.service) } else { PERIOD };
+            let wait = if goes_again { leaving.drain } else { PERIOD };
             self.leaving.insert(backend, Leaving { due: now + wait, was_back: is_back, ..leaving });
             if !is_back && !goes_again {
-                left.extend(held.into_iter().map(|place| (place.cookie, place)));
+                if self.sockets.load(backend) > held.len() as u64 {
+                    left.stored.insert((backend.into(), endpoint));
+                }
+                left.places.extend(held.into_iter().map(|place| (place.cookie, place)));
             }
         }
         left
@@ -176,6 +191,7 @@ impl Upkeep {
     fn audit(&mut self) -> io::Result<()> {
         let (places, sockets) = self.look()?;
         self.adopt(&places, &sockets);
+        self.adopt_stored()?;
         let (again, new): (Vec<_>, Vec<_>) =
             wrong(places, &sockets).partition(|(place, _)| self.suspects.contains(place));
         if !again.is_empty() {
@@ -208,6 +224,30 @@ impl Upkeep {
                 self.leaving.entry(backend).or_insert_with(new);
             }
         }
+    }
+
+    /// The same for backends whose sockets have no places.
+    fn adopt_stored(&mut self) -> io::Result<()> {
+        let unknown: HashSet<_> = {
+            let applied = self.applied.read().expect("no writer panics");
+            applied.resting().filter(|id| !self.leaving.contains_key(id)).map(u64::from).collect()
+        };
+        if unknown.is_empty() {
+            return Ok(());
+        }
+        let (namespaces, complete) = netns::all();
+        for namespace in namespaces {
+            for (_, value) in namespace.run(|| sockets::stored(self.sockets.storage()))? {
+                if let Some(record) = Record::parse(&value).filter(|record| unknown.contains(&record.backend))
+                    && let Ok(backend) = u32::try_from(record.backend)
+                {
+                    let was = (Protocol::Tcp, record.peer);
+                    let new = || Leaving::new(backend, was, self.sockets.drain(record.service));
+                    self.leaving.entry(backend).or_insert_with(new);
+                }
+            }
+        }
+        complete
     }
 
     /// The places that are taken, and all sockets by their cookies; an error where some may be
@@ -259,16 +299,28 @@ fn peers() -> io::Result<Peers> {
 
 /// Closes those of these sockets that are in the namespace of the calling thread, but none that
 /// has dialled something else since.
-fn close(left: &HashMap<u64, Place>) -> io::Result<Vec<Place>> {
+fn close(left: &Left, storage: BorrowedFd<'_>) -> io::Result<Vec<u64>> {
     let mut closed = Vec::new();
     for protocol in [Protocol::Tcp, Protocol::Udp] {
         for socket in sockets::list(protocol.number())? {
-            if let Some(place) = left.get(&socket.cookie())
+            if let Some(place) = left.places.get(&socket.cookie())
                 && place.peer == socket.peer()
                 && sockets::destroy(&socket)?
             {
-                closed.push(*place);
+                closed.push(place.backend);
             }
+        }
+    }
+    if left.stored.is_empty() {
+        return Ok(closed);
+    }
+    for (socket, value) in sockets::stored(storage)? {
+        if let Some(Record { backend, peer, .. }) = Record::parse(&value)
+            && left.stored.contains(&(backend, peer))
+            && peer == socket.peer()
+            && sockets::destroy(&socket)?
+        {
+            closed.push(backend);
         }
     }
     Ok(closed)

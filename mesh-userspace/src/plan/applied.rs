@@ -161,6 +161,11 @@ impl Applied {
         services.flat_map(|(frontend, service)| service.backends.keys().map(|at| (frontend.protocol, *at)))
     }
 
+    /// Ids of backends that are gone, but that sockets are still counted on.
+    pub fn resting(&self) -> impl Iterator<Item = u32> {
+        self.resting.iter().copied()
+    }
+
     /// Whether an id's backend is gone, but sockets are still counted on it.
     pub fn is_resting(&self, id: u32) -> bool {
         self.resting.contains(&id)

@@ -128,13 +128,18 @@ fn a_connection_to_a_backend_that_fell_silent_ends_when_the_registry_drops_it() 
     listening.end();
 }
 
+const TCP: u16 = 6;
+const MPTCP: u16 = 262;
+
 /// A socket each at these ports of the VIP, and whether they are open as often as it is asked.
-fn sockets_at(mesh: &Mesh, ports: &[u16]) -> Dialogue {
+fn sockets_at(mesh: &Mesh, protocol: u16, ports: &[u16]) -> Dialogue {
     let program = format!(
         r#"
 import socket, sys
-sockets = [socket.create_connection(("{VIP}", port), 5) for port in {ports:?}]
-for s in sockets:
+sockets = [socket.socket(proto={protocol}) for _ in {ports:?}]
+for s, port in zip(sockets, {ports:?}):
+    s.settimeout(5)
+    s.connect(("{VIP}", port))
     s.recv(9)
     s.setblocking(False)
 def state(s):
@@ -177,7 +182,7 @@ fn a_backend_that_comes_back_in_time_keeps_its_sockets_until_it_leaves_for_good(
         draining(&[("3s", there[0].then(|| one.port())), ("3s", there[1].then(|| other.port()))])
     };
     let mesh = Mesh::start(&text([true, true]));
-    let mut client = sockets_at(&mesh, &[80, 81]);
+    let mut client = sockets_at(&mesh, TCP, &[80, 81]);
     let wait = |port: u16, count| mesh.wait_for_backends(&format!("{VIP}:{port}"), count);
     mesh.write(&text([false, false]));
     wait(80, 0);
@@ -200,7 +205,7 @@ fn a_restart_keeps_the_drain_times_and_what_is_back() {
         draining(&[("3s", port(0)), ("4s", port(1)), ("1h", port(2))])
     };
     let mut mesh = Mesh::start(&text([true; 3]));
-    let mut client = sockets_at(&mesh, &[80, 81, 82]);
+    let mut client = sockets_at(&mesh, TCP, &[80, 81, 82]);
     mesh.write(&text([false; 3]));
     wait_until("they are gone", || mesh.used("BACKENDS") == 0);
     mesh.kill();
@@ -213,6 +218,25 @@ fn a_restart_keeps_the_drain_times_and_what_is_back() {
     wait_until("one is closed, and only that", || states(&mut client) == "open closed open");
     mesh.write(&text([false; 3]));
     wait_until("the one that was back has gone for good", || states(&mut client) == "closed closed open");
+    assert!(client.end().success());
+}
+
+#[test]
+fn sockets_that_have_no_place_are_closed_too_also_after_a_restart() {
+    let servers = [Server::keeping(), Server::keeping(), Server::keeping()];
+    let text = |there: bool| {
+        let port = |n: usize| there.then(|| servers[n].port());
+        draining(&[("300ms", port(0)), ("4s", port(1)), ("1h", port(2))])
+    };
+    let mut mesh = Mesh::start(&text(true));
+    let mut client = sockets_at(&mesh, MPTCP, &[80, 81, 82]);
+    mesh.write(&text(false));
+    wait_until("one is closed, and only that", || states(&mut client) == "closed open open");
+    assert_eq!(mesh.used("BACKENDS"), 0);
+    mesh.kill();
+    mesh.launch();
+    mesh.ready();
+    wait_until("one more is closed", || states(&mut client) == "closed closed open");
     assert!(client.end().success());
 }
 
@@ -255,13 +279,13 @@ fn a_backend_that_gets_the_id_of_one_that_left_keeps_its_sockets() {
     let id = || mesh.json(&["backend", "list"])[0]["id"].clone();
     let wait = |port: u16, count| mesh.wait_for_backends(&format!("{VIP}:{port}"), count);
     let before = id();
-    let mut witness = sockets_at(&mesh, &[81]);
+    let mut witness = sockets_at(&mesh, TCP, &[81]);
     mesh.write(&text(None, None));
     wait(80, 0);
     mesh.write(&text(Some(second.port()), None));
     wait(80, 1);
     assert_eq!(id(), before, "it has the id of the one before");
-    let mut client = sockets_at(&mesh, &[80]);
+    let mut client = sockets_at(&mesh, TCP, &[80]);
     // Both were due at the same time.
     wait_until("the time of those that left is over", || states(&mut witness) == "closed");
     assert_eq!(states(&mut client), "open");
