@@ -342,7 +342,12 @@ impl Dialogue {
 
     /// Lets it go on.
     pub fn go_on(&mut self) {
-        self.stdin.write_all(b"\n").unwrap();
+        self.say("");
+    }
+
+    /// A line for its input.
+    pub fn say(&mut self, line: &str) {
+        self.stdin.write_all(format!("{line}\n").as_bytes()).unwrap();
     }
 
     /// Closes its input, and waits for its end.

@@ -9,6 +9,7 @@ mod datagram;
 mod dns;
 mod eject;
 mod input;
+mod intercept;
 mod kubernetes;
 mod left;
 mod load;
