@@ -16,7 +16,7 @@ use crate::{
     datapath::{PROGRAMS, Stats},
     model::{Health, Policy, Protocol},
     plan::{Applied, alias},
-    registry::Sync,
+    registry::{State, Sync},
 };
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -47,8 +47,13 @@ pub struct Registry {
     pub r#type: String,
     pub source: String,
     pub state: Sync,
-    /// RFC 3339.
+    /// What it said last, perhaps to an earlier run.
+    pub services: usize,
+    pub instances: usize,
+    /// When that was, in RFC 3339.
     pub last_sync: Option<String>,
+    /// How long ago that was, by the wall clock.
+    pub age_seconds: Option<u64>,
     pub error: Option<String>,
 }
 
@@ -170,23 +175,13 @@ impl Status {
         let report = view.report.borrow().clone();
         let catalog = view.catalog.borrow().clone();
         let conflicts = catalog.iter().flat_map(|catalog| &catalog.conflicts).cloned();
-        let states = view.registries.borrow().clone();
         Self {
             version: env!("CARGO_PKG_VERSION").into(),
             ready: view.ready(),
             cgroup: view.cgroup.display().to_string(),
             pin_dir: view.pins.dir().display().to_string(),
             programs: programs.into(),
-            registries: states
-                .into_iter()
-                .map(|state| Registry {
-                    r#type: state.kind.into(),
-                    source: state.source,
-                    state: state.sync,
-                    last_sync: state.last_sync.map(rfc3339),
-                    error: state.error,
-                })
-                .collect(),
+            registries: Registry::all(view),
             maps: view.maps(),
             dns: Dns { listen: view.listen.clone(), upstream: view.dns.upstream() },
             services: catalog.as_ref().map_or(0, |catalog| catalog.services.len()),
@@ -204,6 +199,31 @@ impl Status {
     }
 }
 
+impl Registry {
+    pub fn all(view: &View) -> Vec<Self> {
+        view.registries.borrow().iter().map(Self::of).collect()
+    }
+
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "an age is for people; one that a clock spoilt is right again soon"
+    )]
+    fn of(state: &State) -> Self {
+        let services = || state.snapshot.iter().flat_map(|snapshot| snapshot.all());
+        let age = state.last_sync.map(|at| at.elapsed().unwrap_or_default());
+        Self {
+            r#type: state.kind.into(),
+            source: state.source.clone(),
+            state: state.sync,
+            services: services().count(),
+            instances: services().map(|service| service.instances.len()).sum(),
+            last_sync: state.last_sync.map(rfc3339),
+            age_seconds: age.map(|age| age.as_secs()),
+            error: state.error.clone(),
+        }
+    }
+}
+
 impl View {
     /// Whether every registry was heard, the maps follow what they said, and the programs are in
     /// place.
@@ -211,10 +231,10 @@ impl View {
         let report = self.report.borrow().clone();
         let catalog = self.catalog.borrow().clone();
         let follows = match (report.written, catalog) {
-            (Some(written), Some(catalog)) => Arc::ptr_eq(&written, &catalog),
+            (Some(written), Some(catalog)) => catalog.delivered && Arc::ptr_eq(&written, &catalog),
             _ => false,
         };
-        let heard = self.registries.borrow().iter().all(|state| state.snapshot.is_some());
+        let heard = self.registries.borrow().iter().all(State::is_heard);
         follows
             && heard
             && report.error.is_none()

@@ -9,6 +9,7 @@ mod datagram;
 mod dns;
 mod eject;
 mod input;
+mod kept;
 mod kubernetes;
 mod left;
 mod load;
