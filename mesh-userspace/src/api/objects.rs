@@ -57,10 +57,14 @@ pub struct Registry {
     pub error: Option<String>,
 }
 
+/// How full a map is.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct MapUse {
     pub name: String,
+    /// Entries that nothing new can have: also those of ids that rest and of slots that may still
+    /// be read.
     pub used: u32,
+    /// How many can be used: entry 0 of maps with ids never is.
     pub max: u32,
 }
 
@@ -241,18 +245,34 @@ impl View {
             && PROGRAMS.iter().all(|name| self.pins.link_info(name).is_some())
     }
 
+    /// How full the maps are. `ORIGIN` and `PEERS` are storage of sockets, which nobody counts,
+    /// and `STATS` is a fixed row of counters.
     pub fn maps(&self) -> Vec<MapUse> {
         let applied = self.applied.read().expect("no writer panics");
         let alloc = &applied.alloc;
         let frontends = u32::try_from(applied.frontends.len()).expect("map sizes are 32-bit");
-        [
-            (map::FRONTENDS, frontends, alloc.services.max()),
-            (map::SERVICES, alloc.services.used(), alloc.services.max()),
-            (map::BACKENDS, alloc.backends.used(), alloc.backends.max()),
-            (map::SLOTS, alloc.slots.used(), alloc.slots.max()),
-        ]
-        .map(|(name, used, max)| MapUse { name: name.into(), used, max })
-        .into()
+        let frontends = (frontends, alloc.services.max());
+        let services = (alloc.services.used(), alloc.services.max());
+        let backends = (alloc.backends.used(), alloc.backends.max());
+        let slots = (alloc.slots.used(), alloc.slots.max());
+        drop(applied);
+        let places = self.stats.places();
+        let mut maps = vec![
+            (map::FRONTENDS, frontends),
+            (map::SERVICES, services),
+            (map::BACKENDS, backends),
+            (map::SLOTS, slots),
+            (map::SETTINGS, services),
+            (map::EJECTED, services),
+            (map::CURSORS, services),
+            (map::LOAD, backends),
+            (map::HEALTH, backends),
+            (map::SOCKETS, places),
+            (map::CONNECTIONS, places),
+        ];
+        maps.extend(self.stats.affinities().ok().map(|affinities| (map::AFFINITY, affinities)));
+        let usage = |(name, (used, max)): (&str, _)| MapUse { name: name.into(), used, max };
+        maps.into_iter().map(usage).collect()
     }
 }
 

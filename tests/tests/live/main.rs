@@ -14,6 +14,7 @@ mod kubernetes;
 mod left;
 mod load;
 mod matrix;
+mod occupancy;
 mod policy;
 mod routes;
 mod servers;
