@@ -15,7 +15,7 @@ use crate::tools::{self, as_root, cargo, find, output, run};
 const BPF_LINKER: &str = "0.10.3";
 
 /// Debian packages that the tests need, and a command that works where each of them is there.
-const PACKAGES: [(&str, &str); 20] = [
+const PACKAGES: [(&str, &str); 21] = [
     ("bpftool", "bpftool version"),
     ("curl", "curl --version"),
     ("nginx", "nginx -v"),
