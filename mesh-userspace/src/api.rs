@@ -26,7 +26,7 @@ use crate::{daemon::View, dns};
 pub mod client;
 pub mod objects;
 
-use objects::{Backend, Explanation, Service, Status};
+use objects::{Backend, Explanation, Registry, Service, Status};
 
 /// Opens the socket; one that a dead daemon left behind is replaced.
 pub fn bind(path: &Path) -> anyhow::Result<UnixListener> {
@@ -53,6 +53,7 @@ pub async fn serve(listener: UnixListener, view: Arc<View>) -> io::Result<()> {
         .route("/v1/status", get(status))
         .route("/v1/services", get(services))
         .route("/v1/backends", get(backends))
+        .route("/v1/registries", get(registries))
         .route("/v1/explain", get(explain))
         .route("/v1/dns", get(names))
         .with_state(view);
@@ -69,6 +70,10 @@ async fn services(State(view): State<Arc<View>>) -> Json<Vec<Service>> {
 
 async fn backends(State(view): State<Arc<View>>) -> Json<Vec<Backend>> {
     Json(Backend::all(&view))
+}
+
+async fn registries(State(view): State<Arc<View>>) -> Json<Vec<Registry>> {
+    Json(Registry::all(&view))
 }
 
 #[derive(Deserialize)]

@@ -27,6 +27,8 @@ pub struct Entry {
     pub service: Service,
     /// One per family at most.
     pub vips: Vec<IpAddr>,
+    /// Whether its registry said this once, but has not confirmed it.
+    pub kept: bool,
 }
 
 /// What the node should serve.
@@ -35,7 +37,8 @@ pub struct Catalog {
     pub services: BTreeMap<ServiceId, Entry>,
     /// Records left out, and why.
     pub conflicts: Vec<String>,
-    /// Whether every registry has delivered something.
+    /// Whether every registry was asked in this run, and something is known of each; set by
+    /// whoever asks them.
     pub delivered: bool,
     /// Whether what they delivered is everything there is.
     pub complete: bool,
@@ -46,17 +49,16 @@ impl Catalog {
     /// name or VIP wins. `vips` gives VIPs to the names that have none.
     pub fn build(snapshots: &[Option<Arc<Snapshot>>], vips: &mut Vips) -> Self {
         let mut catalog = Self {
-            delivered: snapshots.iter().all(Option::is_some),
             // Without registries nobody says that anything is gone.
             complete: !snapshots.is_empty()
                 && snapshots.iter().all(|snapshot| snapshot.as_ref().is_some_and(|s| s.complete)),
             ..Self::default()
         };
         let mut claims = Claims::default();
-        for service in snapshots.iter().flatten().flat_map(|snapshot| &snapshot.services) {
+        for (service, kept) in snapshots.iter().flatten().flat_map(|snapshot| snapshot.marked()) {
             match claims.add_named(service) {
                 Ok(()) => {
-                    let entry = Entry { service: service.clone(), vips: Vec::new() };
+                    let entry = Entry { service: service.clone(), vips: Vec::new(), kept };
                     catalog.services.insert(service.id.clone(), entry);
                 }
                 Err(conflict) => catalog.conflicts.push(conflict),
@@ -112,12 +114,14 @@ impl Catalog {
         }
     }
 
-    /// What the maps should hold, as the node sees it.
+    /// What the maps should hold, as the node sees it. Maps that outlived an earlier run know
+    /// better than what else is left of it.
     pub fn desired(&self, node: &impl Node) -> Desired {
         let frontends = self.services.values().flat_map(|entry| {
-            entry.vips.iter().map(|vip| (frontend(&entry.service.id, *vip), entry.wanted(*vip, node)))
+            entry.vips.iter().map(move |vip| (entry, *vip, frontend(&entry.service.id, *vip)))
         });
-        frontends.collect()
+        let frontends = frontends.filter(|(entry, _, frontend)| !(entry.kept && node.is_adopted(frontend)));
+        frontends.map(|(entry, vip, frontend)| (frontend, entry.wanted(vip, node))).collect()
     }
 
     /// Every backend behind every VIP.
@@ -161,6 +165,8 @@ impl Families {
 /// What a node sees of a catalog.
 pub trait Node {
     fn zone(&self) -> Option<&str>;
+    /// Whether the maps held a frontend already when the daemon started.
+    fn is_adopted(&self, frontend: &Frontend) -> bool;
     /// Whether the kernel avoids a backend.
     fn is_ejected(&self, frontend: &Frontend, endpoint: &Endpoint) -> bool;
     /// How long the node has known a backend; `None` if always.

@@ -185,7 +185,10 @@ impl Cli {
             Command::Run(arg) => {
                 init_logging();
                 let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-                runtime.block_on(daemon::run(arg.path(), given))?;
+                let end = runtime.block_on(daemon::run(arg.path(), given));
+                // A file system that does not answer must not keep it from ending.
+                runtime.shutdown_background();
+                end?;
             }
             Command::Check { config, pre, output } => return check::run(config.path(), given, pre, output),
             Command::Status { brief, verbose, wait, output } => {

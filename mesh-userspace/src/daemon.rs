@@ -31,7 +31,11 @@ use crate::{
     netns::{self, routes},
     plan::Applied,
     reconcile::{Reconciler, Report},
-    registry::{self, Publisher, State, file::Source},
+    registry::{
+        self, Publisher, State,
+        file::Source,
+        kept::{self, Keeper},
+    },
     upkeep::Upkeep,
     web,
 };
@@ -94,6 +98,7 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
     let names = intercept(&config, &pins, &core)?;
     let namespaces = Namespaces::new(&pins, cgroup.clone(), config.rules.vip_ranges.clone(), names);
     let socket_path = config.api.socket.clone();
+    let state_dir = config.node.state_dir.clone();
     let (config, _) = watch::channel(Arc::new(config));
     let registries = watch::Sender::new(Vec::new());
     let (catalog_sender, catalog) = watch::channel(None);
@@ -112,7 +117,10 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
     });
 
     let reload = watch::Sender::new(0);
-    let sources = Sources::start(&config.borrow(), registries.clone(), reload.subscribe());
+    let (sources, keeper) =
+        Sources::start(&config.borrow(), state_dir, registries.clone(), reload.subscribe());
+    let (keep, kept) = oneshot::channel();
+    let keeper = tokio::spawn(keeper.run(registries.subscribe(), kept));
     let runtime = Handle::current();
     let (writer_runs, mut writer_ended) = oneshot::channel::<()>();
     let writer = std::thread::spawn(move || {
@@ -141,6 +149,9 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
     };
 
     drop(stop);
+    // What was delivered last is written before the end, also to disk.
+    drop(keep);
+    let _ = keeper.await;
     // The last catalog is written before the writer's channel closes.
     merge.abort();
     let _ = merge.await;
@@ -240,13 +251,21 @@ struct Sources {
     tasks: Vec<JoinHandle<()>>,
     states: watch::Sender<Vec<State>>,
     reload: watch::Receiver<u64>,
+    state_dir: PathBuf,
 }
 
 impl Sources {
-    fn start(config: &Config, states: watch::Sender<Vec<State>>, reload: watch::Receiver<u64>) -> Self {
-        let mut sources = Self { tasks: Vec::new(), states, reload };
-        sources.spawn(config);
-        sources
+    /// Starts them with what is left of an earlier run; also gives whoever keeps that from now on.
+    fn start(
+        config: &Config,
+        state_dir: PathBuf,
+        states: watch::Sender<Vec<State>>,
+        reload: watch::Receiver<u64>,
+    ) -> (Self, Keeper) {
+        let mut sources = Self { tasks: Vec::new(), states, reload, state_dir };
+        let restored = sources.spawn(config);
+        let keeper = Keeper::new(&sources.state_dir, &restored);
+        (sources, keeper)
     }
 
     /// Follows a new configuration. A registry that is still configured keeps what it delivered.
@@ -261,21 +280,23 @@ impl Sources {
         }
     }
 
-    fn spawn(&mut self, config: &Config) {
+    /// Returns the states that they start with.
+    fn spawn(&mut self, config: &Config) -> Vec<State> {
         let known = self.states.borrow().clone();
         let states = config.registries.iter().map(|registry| {
             let (kind, source) = registry.label();
             let same = known.iter().find(|state| (state.kind, &state.source) == (kind, &source));
-            same.cloned().unwrap_or_else(|| State::new(kind, source))
+            same.cloned().unwrap_or_else(|| kept::restore(&self.state_dir, kind, source, &config.rules))
         });
         let states: Vec<_> = states.collect();
         self.states.send_replace(states.clone());
-        for (place, (registry, state)) in config.registries.iter().zip(states).enumerate() {
+        for (place, (registry, state)) in config.registries.iter().zip(&states).enumerate() {
             let publisher = Publisher::new(self.states.clone(), place);
             let Registry::File { path } = registry.clone();
-            let source = Source::new(path, config.rules.clone(), state.snapshot.is_some());
+            let source = Source::new(path, config.rules.clone(), state.snapshot.clone());
             self.tasks.push(tokio::spawn(registry::file::run(source, publisher, self.reload.clone())));
         }
+        states
     }
 }
 
@@ -290,7 +311,8 @@ async fn merge(
         let snapshots: Vec<_> = states.iter().map(|state| state.snapshot.clone()).collect();
         // Before anything is known there is nothing to say.
         if snapshots.is_empty() || snapshots.iter().any(Option::is_some) {
-            let new = Catalog::build(&snapshots, &mut vips);
+            let mut new = Catalog::build(&snapshots, &mut vips);
+            new.delivered = states.iter().all(State::is_heard);
             if let Err(error) = vips.save() {
                 tracing::error!("cannot keep the VIPs that were handed out: {error}");
             }

@@ -699,6 +699,8 @@ pub struct Stats {
     outcomes: PerCpuArray<MapData, u64>,
     load: Words,
     health: Words,
+    cookies: Words,
+    affinity: MapData,
 }
 
 impl Stats {
@@ -709,7 +711,25 @@ impl Stats {
         let health = pinned(&pins.maps(), map::HEALTH, size_of::<u32>(), size_of::<u64>())?;
         let len = entries(&load, map::LOAD)?;
         let (load, health) = (words(&load, map::LOAD, len)?, words(&health, map::HEALTH, len)?);
-        Ok(Self { outcomes, load, health })
+        let cookies = pinned(&pins.maps(), map::SOCKETS, size_of::<u32>(), size_of::<Cookies>())?;
+        let cookies = words(&cookies, map::SOCKETS, PLACES)?;
+        let affinity = pinned(&pins.maps(), map::AFFINITY, size_of::<Client>(), size_of::<u64>())?;
+        Ok(Self { outcomes, load, health, cookies, affinity })
+    }
+
+    /// How many places for sockets are taken, and how many there are.
+    pub fn places(&self) -> (u32, u32) {
+        let taken = (0..PLACES).filter(|index| self.cookies.load(*index) != 0).count();
+        (u32::try_from(taken).expect("no more than there are"), PLACES)
+    }
+
+    /// How many affinities are remembered, and how many can be.
+    pub fn affinities(&self) -> Result<(u32, u32)> {
+        let used = sys::count(self.affinity.fd().as_fd(), size_of::<Client>(), size_of::<u64>());
+        Ok((
+            used.map_err(io_error("cannot count the entries of AFFINITY"))?,
+            entries(&self.affinity, map::AFFINITY)?,
+        ))
     }
 
     /// Whether connects to a backend fail, so that the kernel avoids it.

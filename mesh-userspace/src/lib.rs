@@ -7,6 +7,7 @@ pub mod config;
 pub mod daemon;
 pub mod datapath;
 pub mod dns;
+mod durable;
 pub mod model;
 pub mod namespaces;
 pub mod netns;

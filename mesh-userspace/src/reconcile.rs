@@ -12,7 +12,7 @@ use mesh_common::abi::Frontend;
 
 use crate::{
     catalog::{self, Catalog},
-    datapath::{Datapath, Error, Maps},
+    datapath::{Datapath, Error, Maps, PROGRAMS},
     model::Protocol,
     plan::{self, Applied, Endpoint, Op},
     upkeep::{Leaving, News},
@@ -44,6 +44,10 @@ pub struct Reconciler {
     /// Who is told which backends are gone.
     leaving: mpsc::Sender<News>,
     zone: Option<String>,
+    /// Whether programs of an earlier daemon run, on whatever maps.
+    succeeds: bool,
+    /// What the maps held at the start.
+    adopted: BTreeSet<Frontend>,
     /// Backends of services with a slow start, and since when they are known.
     warming: BTreeMap<(Frontend, Endpoint), Instant>,
     /// Backends that the kernel avoided when the weights were made; only a zone asks for them.
@@ -53,6 +57,7 @@ pub struct Reconciler {
 /// What the weights in effect depend on, besides the catalog.
 struct Sight<'a> {
     zone: Option<&'a str>,
+    adopted: &'a BTreeSet<Frontend>,
     applied: &'a Applied,
     maps: &'a Maps,
     warming: &'a BTreeMap<(Frontend, Endpoint), Instant>,
@@ -61,6 +66,10 @@ struct Sight<'a> {
 impl catalog::Node for Sight<'_> {
     fn zone(&self) -> Option<&str> {
         self.zone
+    }
+
+    fn is_adopted(&self, frontend: &Frontend) -> bool {
+        self.adopted.contains(frontend)
     }
 
     fn is_ejected(&self, frontend: &Frontend, endpoint: &Endpoint) -> bool {
@@ -82,6 +91,7 @@ impl Reconciler {
         leaving: mpsc::Sender<News>,
     ) -> Result<Self, Error> {
         let applied = datapath.maps.restore()?;
+        let succeeds = PROGRAMS.iter().any(|name| datapath.pins().link_info(name).is_some());
         let attached = !applied.frontends.is_empty() && !datapath.is_another_version_in_use()?;
         if attached {
             datapath.attach()?;
@@ -89,6 +99,8 @@ impl Reconciler {
         let report = watch::Sender::new(Report::default());
         Ok(Self {
             datapath,
+            succeeds,
+            adopted: applied.frontends.keys().copied().collect(),
             applied: Arc::new(RwLock::new(applied)),
             report,
             attached,
@@ -111,7 +123,7 @@ impl Reconciler {
     pub fn run(mut self, runtime: &Handle, mut catalog: watch::Receiver<Option<Arc<Catalog>>>) {
         loop {
             let current = catalog.borrow_and_update().clone();
-            if let Some(current) = current {
+            if let Some(current) = current.filter(|current| self.knows_enough(current)) {
                 self.round(&current);
             }
             let changed = runtime.block_on(async { tokio::time::timeout(PERIOD, catalog.changed()).await });
@@ -119,6 +131,12 @@ impl Reconciler {
                 return;
             }
         }
+    }
+
+    /// Programs that run on maps of their own are not swapped for what is left of an earlier run: they
+    /// may know something newer.
+    fn knows_enough(&self, catalog: &Catalog) -> bool {
+        self.attached || !self.succeeds || catalog.services.values().all(|entry| !entry.kept)
     }
 
     /// Writes a catalog that is new or could not be written before, and sees to it that the
@@ -175,6 +193,7 @@ impl Reconciler {
         loop {
             let desired = catalog.desired(&Sight {
                 zone: self.zone.as_deref(),
+                adopted: &self.adopted,
                 applied: &self.applied.read().expect("no writer panics"),
                 maps: &self.datapath.maps,
                 warming: &self.warming,

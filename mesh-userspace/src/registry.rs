@@ -10,6 +10,7 @@ use crate::model::Service;
 
 mod claims;
 pub mod file;
+pub mod kept;
 pub mod rules;
 
 pub use claims::Claims;
@@ -19,9 +20,23 @@ pub use rules::Rules;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
     pub services: Vec<Service>,
+    /// Services that it said before, perhaps to an earlier run, and has said nothing of since.
+    pub kept: Vec<Service>,
     /// Whether what is not in here is really gone. While any registry's snapshot is incomplete,
     /// nothing is removed from the maps.
     pub complete: bool,
+}
+
+impl Snapshot {
+    pub fn all(&self) -> impl Iterator<Item = &Service> {
+        self.services.iter().chain(&self.kept)
+    }
+
+    /// Its services, and of each whether it is one of those that are only kept.
+    pub fn marked(&self) -> impl Iterator<Item = (&Service, bool)> {
+        let services = self.services.iter().map(|service| (service, false));
+        services.chain(self.kept.iter().map(|service| (service, true)))
+    }
 }
 
 /// How well a registry's content is known.
@@ -30,7 +45,7 @@ pub struct Snapshot {
 pub enum Sync {
     /// The last read worked.
     Synced,
-    /// The last read failed; the last good content is in use.
+    /// The last read failed, or there was none yet; the last good content is in use.
     Stale,
     /// Nothing was ever read.
     Failed,
@@ -54,6 +69,11 @@ impl State {
     pub fn new(kind: &'static str, source: String) -> Self {
         Self { kind, source, sync: Sync::Failed, last_sync: None, error: None, snapshot: None }
     }
+
+    /// Whether it was asked in this run, and something is known of it.
+    pub fn is_heard(&self) -> bool {
+        self.snapshot.is_some() && (self.sync == Sync::Synced || self.error.is_some())
+    }
 }
 
 /// One registry's place among all of them.
@@ -75,11 +95,16 @@ impl Publisher {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "shown to people, and kept over restarts")]
+fn now() -> SystemTime {
+    SystemTime::now()
+}
+
 impl State {
     fn update(&mut self, snapshot: Option<Snapshot>, error: Option<String>) -> bool {
-        let before = (self.sync, self.snapshot.is_some());
+        let before = (self.sync, self.is_heard());
         if error.is_none() {
-            self.last_sync = Some(SystemTime::now());
+            self.last_sync = Some(now());
         }
         let new = snapshot.is_some();
         if let Some(snapshot) = snapshot {
@@ -97,6 +122,6 @@ impl State {
             }
         }
         self.error = error;
-        new || before != (self.sync, self.snapshot.is_some())
+        new || before != (self.sync, self.is_heard())
     }
 }

@@ -176,6 +176,10 @@ impl Mesh {
         daemon.wait().unwrap().code()
     }
 
+    pub fn pid(&self) -> u32 {
+        self.daemon.as_ref().expect("the daemon runs").id()
+    }
+
     pub fn hang_up(&self) {
         let daemon = self.daemon.as_ref().expect("the daemon runs");
         rustix::process::kill_process(rustix::process::Pid::from_child(daemon), rustix::process::Signal::HUP)

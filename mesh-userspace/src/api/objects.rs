@@ -16,7 +16,7 @@ use crate::{
     datapath::{PROGRAMS, Stats},
     model::{Health, Policy, Protocol},
     plan::{Applied, alias},
-    registry::Sync,
+    registry::{State, Sync},
 };
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -47,15 +47,24 @@ pub struct Registry {
     pub r#type: String,
     pub source: String,
     pub state: Sync,
-    /// RFC 3339.
+    /// What it said last, perhaps to an earlier run.
+    pub services: usize,
+    pub instances: usize,
+    /// When that was, in RFC 3339.
     pub last_sync: Option<String>,
+    /// How long ago that was, by the wall clock.
+    pub age_seconds: Option<u64>,
     pub error: Option<String>,
 }
 
+/// How full a map is.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct MapUse {
     pub name: String,
+    /// Entries that nothing new can have: also those of ids that rest and of slots that may still
+    /// be read.
     pub used: u32,
+    /// How many can be used: entry 0 of maps with ids never is.
     pub max: u32,
 }
 
@@ -170,23 +179,13 @@ impl Status {
         let report = view.report.borrow().clone();
         let catalog = view.catalog.borrow().clone();
         let conflicts = catalog.iter().flat_map(|catalog| &catalog.conflicts).cloned();
-        let states = view.registries.borrow().clone();
         Self {
             version: env!("CARGO_PKG_VERSION").into(),
             ready: view.ready(),
             cgroup: view.cgroup.display().to_string(),
             pin_dir: view.pins.dir().display().to_string(),
             programs: programs.into(),
-            registries: states
-                .into_iter()
-                .map(|state| Registry {
-                    r#type: state.kind.into(),
-                    source: state.source,
-                    state: state.sync,
-                    last_sync: state.last_sync.map(rfc3339),
-                    error: state.error,
-                })
-                .collect(),
+            registries: Registry::all(view),
             maps: view.maps(),
             dns: Dns { listen: view.listen.clone(), upstream: view.dns.upstream() },
             services: catalog.as_ref().map_or(0, |catalog| catalog.services.len()),
@@ -204,6 +203,31 @@ impl Status {
     }
 }
 
+impl Registry {
+    pub fn all(view: &View) -> Vec<Self> {
+        view.registries.borrow().iter().map(Self::of).collect()
+    }
+
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "an age is for people; one that a clock spoilt is right again soon"
+    )]
+    fn of(state: &State) -> Self {
+        let services = || state.snapshot.iter().flat_map(|snapshot| snapshot.all());
+        let age = state.last_sync.map(|at| at.elapsed().unwrap_or_default());
+        Self {
+            r#type: state.kind.into(),
+            source: state.source.clone(),
+            state: state.sync,
+            services: services().count(),
+            instances: services().map(|service| service.instances.len()).sum(),
+            last_sync: state.last_sync.map(rfc3339),
+            age_seconds: age.map(|age| age.as_secs()),
+            error: state.error.clone(),
+        }
+    }
+}
+
 impl View {
     /// Whether every registry was heard, the maps follow what they said, and the programs are in
     /// place.
@@ -211,28 +235,44 @@ impl View {
         let report = self.report.borrow().clone();
         let catalog = self.catalog.borrow().clone();
         let follows = match (report.written, catalog) {
-            (Some(written), Some(catalog)) => Arc::ptr_eq(&written, &catalog),
+            (Some(written), Some(catalog)) => catalog.delivered && Arc::ptr_eq(&written, &catalog),
             _ => false,
         };
-        let heard = self.registries.borrow().iter().all(|state| state.snapshot.is_some());
+        let heard = self.registries.borrow().iter().all(State::is_heard);
         follows
             && heard
             && report.error.is_none()
             && PROGRAMS.iter().all(|name| self.pins.link_info(name).is_some())
     }
 
+    /// How full the maps are. `ORIGIN` and `PEERS` are storage of sockets, which nobody counts,
+    /// and `STATS` is a fixed row of counters.
     pub fn maps(&self) -> Vec<MapUse> {
         let applied = self.applied.read().expect("no writer panics");
         let alloc = &applied.alloc;
         let frontends = u32::try_from(applied.frontends.len()).expect("map sizes are 32-bit");
-        [
-            (map::FRONTENDS, frontends, alloc.services.max()),
-            (map::SERVICES, alloc.services.used(), alloc.services.max()),
-            (map::BACKENDS, alloc.backends.used(), alloc.backends.max()),
-            (map::SLOTS, alloc.slots.used(), alloc.slots.max()),
-        ]
-        .map(|(name, used, max)| MapUse { name: name.into(), used, max })
-        .into()
+        let frontends = (frontends, alloc.services.max());
+        let services = (alloc.services.used(), alloc.services.max());
+        let backends = (alloc.backends.used(), alloc.backends.max());
+        let slots = (alloc.slots.used(), alloc.slots.max());
+        drop(applied);
+        let places = self.stats.places();
+        let mut maps = vec![
+            (map::FRONTENDS, frontends),
+            (map::SERVICES, services),
+            (map::BACKENDS, backends),
+            (map::SLOTS, slots),
+            (map::SETTINGS, services),
+            (map::EJECTED, services),
+            (map::CURSORS, services),
+            (map::LOAD, backends),
+            (map::HEALTH, backends),
+            (map::SOCKETS, places),
+            (map::CONNECTIONS, places),
+        ];
+        maps.extend(self.stats.affinities().ok().map(|affinities| (map::AFFINITY, affinities)));
+        let usage = |(name, (used, max)): (&str, _)| MapUse { name: name.into(), used, max };
+        maps.into_iter().map(usage).collect()
     }
 }
 

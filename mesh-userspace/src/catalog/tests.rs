@@ -37,8 +37,9 @@ fn build(registries: &[&[Service]]) -> Catalog {
     let dir = TempDir::new().unwrap();
     let ranges = ["127.128.0.0/10", "fd00:6d65:7368::/96"].map(|range| range.parse().unwrap());
     let mut vips = Vips::open(dir.path(), ranges.to_vec()).unwrap();
-    let snapshot =
-        |services: &&[Service]| Some(Arc::new(Snapshot { services: services.to_vec(), complete: true }));
+    let snapshot = |services: &&[Service]| {
+        Some(Arc::new(Snapshot { services: services.to_vec(), complete: true, ..Snapshot::default() }))
+    };
     Catalog::build(&registries.iter().map(snapshot).collect::<Vec<_>>(), &mut vips)
 }
 
@@ -48,6 +49,10 @@ struct Nowhere;
 impl Node for Nowhere {
     fn zone(&self) -> Option<&str> {
         None
+    }
+
+    fn is_adopted(&self, _: &Frontend) -> bool {
+        false
     }
 
     fn is_ejected(&self, _: &Frontend, _: &Endpoint) -> bool {
@@ -122,7 +127,7 @@ fn the_first_registry_that_names_a_service_owns_it() {
 fn a_vip_that_was_given_out_is_not_taken_over() {
     let dir = TempDir::new().unwrap();
     let mut vips = Vips::open(dir.path(), vec!["127.128.0.0/10".parse().unwrap()]).unwrap();
-    let snapshot = |services| [Some(Arc::new(Snapshot { services, complete: true }))];
+    let snapshot = |services| [Some(Arc::new(Snapshot { services, complete: true, ..Snapshot::default() }))];
     let b = service("b", 80, None, &[]);
     let before = Catalog::build(&snapshot(vec![b.clone()]), &mut vips);
     let vip = before.services[&b.id].vips[0];
@@ -166,11 +171,45 @@ fn only_the_best_health_there_is_gets_connections() {
 }
 
 #[test]
+fn what_is_only_kept_does_not_change_what_the_maps_held_already() {
+    struct Adopted(Frontend);
+    impl Node for Adopted {
+        fn zone(&self) -> Option<&str> {
+            None
+        }
+
+        fn is_adopted(&self, frontend: &Frontend) -> bool {
+            *frontend == self.0
+        }
+
+        fn is_ejected(&self, _: &Frontend, _: &Endpoint) -> bool {
+            false
+        }
+
+        fn age(&self, _: &Frontend, _: &Endpoint) -> Option<Duration> {
+            None
+        }
+    }
+    let dir = TempDir::new().unwrap();
+    let mut vips = Vips::open(dir.path(), vec!["127.128.0.0/10".parse().unwrap()]).unwrap();
+    let two = ["a", "b"].map(|name| service(name, 80, None, &[("10.0.0.1", Health::Healthy)])).to_vec();
+    let kept = Snapshot { kept: two.clone(), ..Snapshot::default() };
+    let said = Snapshot { services: two, ..Snapshot::default() };
+    let catalog = Catalog::build(&[Some(Arc::new(kept))], &mut vips);
+    assert_eq!((catalog.services.len(), catalog.prune()), (2, Prune::No));
+    let first = *catalog.desired(&Nowhere).keys().next().unwrap();
+    let desired = catalog.desired(&Adopted(first));
+    assert!(desired.len() == 1 && !desired.contains_key(&first));
+    let catalog = Catalog::build(&[Some(Arc::new(said))], &mut vips);
+    assert_eq!(catalog.desired(&Adopted(first)).len(), 2);
+}
+
+#[test]
 fn nothing_is_pruned_before_every_registry_has_delivered() {
     let dir = TempDir::new().unwrap();
     let mut vips = Vips::open(dir.path(), vec!["127.128.0.0/10".parse().unwrap()]).unwrap();
-    let full = Some(Arc::new(Snapshot { services: vec![], complete: true }));
-    let part = Some(Arc::new(Snapshot { services: vec![], complete: false }));
+    let full = Some(Arc::new(Snapshot { complete: true, ..Snapshot::default() }));
+    let part = Some(Arc::new(Snapshot::default()));
     assert_eq!(Catalog::build(&[full.clone(), full.clone()], &mut vips).prune(), Prune::Yes);
     assert_eq!(Catalog::build(&[full.clone(), None], &mut vips).prune(), Prune::No);
     assert_eq!(Catalog::build(&[full, part], &mut vips).prune(), Prune::No);

@@ -3,13 +3,14 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     fs, io,
-    io::Write,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
 };
 
 use ipnet::IpNet;
 use xxhash_rust::xxh3::xxh3_128_with_seed;
+
+use crate::durable;
 
 /// How many places are tried for a name before a range counts as full.
 const TRIES: u64 = 4096;
@@ -26,13 +27,20 @@ pub struct Vips {
 }
 
 impl Vips {
-    /// Reads what earlier runs handed out; a file that cannot be read is an error, because
-    /// ignoring it would move VIPs.
+    /// Reads what earlier runs handed out. A file that holds something else is set aside: most
+    /// names get the VIPs again that they had, because those follow from the names.
     pub fn open(state_dir: &Path, ranges: Vec<IpNet>) -> io::Result<Self> {
         let path = state_dir.join("vips.json");
         let given: BTreeMap<String, BTreeSet<IpAddr>> = match fs::read(&path) {
-            Ok(text) => serde_json::from_slice(&text)
-                .map_err(|error| io::Error::other(format!("{}:{}: {error}", path.display(), error.line())))?,
+            Ok(text) => match serde_json::from_slice(&text) {
+                Ok(given) => given,
+                Err(error) => {
+                    let aside = path.with_extension("json.spoilt");
+                    tracing::error!("{}: {error}; it is now {}", path.display(), aside.display());
+                    fs::rename(&path, aside)?;
+                    BTreeMap::new()
+                }
+            },
             Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
             Err(error) => return Err(error),
         };
@@ -71,14 +79,7 @@ impl Vips {
         if !self.changed {
             return Ok(());
         }
-        if let Some(dir) = self.path.parent() {
-            fs::create_dir_all(dir)?;
-        }
-        let new = self.path.with_extension("json.new");
-        let mut file = fs::File::create(&new)?;
-        file.write_all(&serde_json::to_vec_pretty(&self.given)?)?;
-        file.sync_all()?;
-        fs::rename(&new, &self.path)?;
+        durable::write(&self.path, &serde_json::to_vec_pretty(&self.given)?)?;
         self.changed = false;
         Ok(())
     }
@@ -153,10 +154,13 @@ mod tests {
     }
 
     #[test]
-    fn a_spoilt_file_is_an_error_that_names_it() {
+    fn a_spoilt_file_is_set_aside() {
         let dir = TempDir::new().unwrap();
+        let none = BTreeSet::new();
+        let open = || Vips::open(dir.path(), ranges(&["127.128.0.0/10"])).unwrap();
+        let vip = open().get("service.local", "a", true, &none);
         fs::write(dir.path().join("vips.json"), "{").unwrap();
-        let error = Vips::open(dir.path(), ranges(&["127.128.0.0/10"])).unwrap_err();
-        assert!(error.to_string().contains("vips.json:1:"), "{error}");
+        assert_eq!(open().get("service.local", "a", true, &none), vip);
+        assert_eq!(fs::read_to_string(dir.path().join("vips.json.spoilt")).unwrap(), "{");
     }
 }

@@ -1,14 +1,14 @@
 //! The raw kernel view: read from the pins, without the daemon.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use mesh_common::abi::{Backend, Frontend, ServiceWord};
+use mesh_common::abi::{Backend, Frontend, ServiceWord, map};
 use serde::Serialize;
 
 use super::output::{Format, or_dash, print, table};
 use crate::{
     api::objects::{Share, join},
-    datapath::{Maps, PROGRAMS, Pins, ProgramInfo, Sockets, pinned_maps, program_info},
+    datapath::{Maps, PROGRAMS, Pins, ProgramInfo, Stats, pinned_maps, program_info},
     model::Protocol,
     plan::alias,
 };
@@ -27,12 +27,25 @@ struct MapRow {
 pub(super) fn maps(pins: &Pins, format: Format) -> anyhow::Result<()> {
     let dump = Maps::open(pins)?.dump()?;
     let slots: usize = dump.services.values().map(|word| word.count() as usize).sum();
+    let services = dump.services.len();
+    // A backend that is gone has its id for as long as a socket is counted on it.
+    let backends = dump.backends.keys().chain(&dump.busy).collect::<BTreeSet<_>>().len();
+    let stats = Stats::open(pins)?;
+    let (places, all_places) = stats.places();
+    let (affinities, _) = stats.affinities()?;
     let used = BTreeMap::from([
-        ("FRONTENDS", dump.frontends.len()),
-        ("SERVICES", dump.services.len()),
-        ("BACKENDS", dump.backends.len()),
-        ("SLOTS", slots),
-        ("SOCKETS", Sockets::open(pins)?.taken().len()),
+        (map::FRONTENDS, dump.frontends.len()),
+        (map::SERVICES, services),
+        (map::SETTINGS, services),
+        (map::EJECTED, services),
+        (map::CURSORS, services),
+        (map::BACKENDS, backends),
+        (map::LOAD, backends),
+        (map::HEALTH, backends),
+        (map::SLOTS, slots),
+        (map::SOCKETS, places as usize),
+        (map::CONNECTIONS, places as usize),
+        (map::AFFINITY, affinities as usize),
     ]);
     let mut rows = Vec::new();
     for (name, info) in pinned_maps(pins)? {
@@ -43,7 +56,8 @@ pub(super) fn maps(pins: &Pins, format: Format) -> anyhow::Result<()> {
             key_bytes: info.key_size(),
             value_bytes: info.value_size(),
             used: used.get(name).copied(),
-            max: info.max_entries(),
+            // An entry there is a row of places.
+            max: if name == map::SOCKETS { all_places } else { info.max_entries() },
         });
     }
     print(format, &rows, |rows| {

@@ -21,6 +21,7 @@ use crate::{
     },
     datapath::mounts,
     dns::query::Answer,
+    registry::Sync,
 };
 
 /// How often `--watch` and `--wait` look.
@@ -75,10 +76,12 @@ fn status_text(status: &Status, detail: Detail) -> String {
         vec!["backends".into(), status.backends.to_string()],
     ];
     for registry in &status.registries {
+        let stale = registry.age_seconds.filter(|_| registry.state == Sync::Stale);
+        let stale = stale.map(|age| format!(", last read {} ago", span(age))).unwrap_or_default();
         let error = registry.error.as_ref().map(|error| format!(": {error}")).unwrap_or_default();
         rows.push(vec![
             "registry".into(),
-            format!("{} {} {}{error}", registry.r#type, registry.source, word(&registry.state)),
+            format!("{} {} {}{stale}{error}", registry.r#type, registry.source, word(&registry.state)),
         ]);
     }
     for problem in &status.problems {
@@ -183,18 +186,22 @@ pub(super) async fn registries(socket: &Path, args: &ListArgs) -> anyhow::Result
                 registry.r#type.clone(),
                 registry.source.clone(),
                 word(&registry.state),
+                registry.services.to_string(),
+                registry.instances.to_string(),
                 or_dash(registry.last_sync.clone()),
+                or_dash(registry.age_seconds.map(span)),
                 or_dash(registry.error.clone()),
             ]
         });
-        let headers: &[&str] =
-            if args.no_headers { &[] } else { &["TYPE", "SOURCE", "STATE", "LAST SYNC", "ERROR"] };
-        table(headers, rows)
+        let headers = ["TYPE", "SOURCE", "STATE", "SERVICES", "INSTANCES", "LAST SYNC", "AGE", "ERROR"];
+        table(if args.no_headers { &[] } else { &headers }, rows)
     };
-    let status: Status = client::get(socket, "/v1/status").await?;
-    let (format, wide) = args.output.split();
-    print(format, &status.registries, |registries| text(registries, wide))?;
-    Ok(ExitCode::SUCCESS)
+    follow(socket, "/v1/registries", args, Ok, text).await
+}
+
+/// Seconds as `1h 2m 3s`.
+fn span(seconds: u64) -> String {
+    humantime::format_duration(Duration::from_secs(seconds)).to_string()
 }
 
 /// Prints what is selected of the daemon's answer; with `--watch` again whenever it changed.

@@ -182,6 +182,39 @@ impl Link {
     }
 }
 
+/// How many entries a hash map holds, whose keys and values have these sizes in bytes. Entries that
+/// come and go meanwhile may or may not be counted; `BPF_MAP_LOOKUP_BATCH` is in Linux 5.6 and later.
+pub fn count(map: BorrowedFd<'_>, key: usize, value: usize) -> io::Result<u32> {
+    // More than any bucket of a hash holds.
+    const MOST: u32 = 4096;
+    let mut keys = vec![0u8; MOST as usize * key];
+    let mut values = vec![0u8; MOST as usize * value];
+    // Where to go on; the kernel's own numbering of buckets.
+    let mut at: Option<u32> = None;
+    let mut all = 0;
+    loop {
+        let mut next = 0u32;
+        let mut attr = zeroed();
+        attr.batch.map_fd = raw(map);
+        attr.batch.in_batch = at.as_ref().map_or(0, |at| ptr::from_ref(at).addr() as u64);
+        attr.batch.out_batch = ptr::from_mut(&mut next).addr() as u64;
+        attr.batch.keys = keys.as_mut_ptr().addr() as u64;
+        attr.batch.values = values.as_mut_ptr().addr() as u64;
+        attr.batch.count = MOST;
+        let end = match bpf(bpf_cmd::BPF_MAP_LOOKUP_BATCH, &mut attr) {
+            Ok(_) => false,
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => true,
+            Err(error) => return Err(error),
+        };
+        // SAFETY: the kernel has set this to how many entries it wrote.
+        all += unsafe { attr.batch.count };
+        if end {
+            return Ok(all);
+        }
+        at = Some(next);
+    }
+}
+
 /// Ids of the programs that run for a hook in a cgroup, attached there or above, by anyone.
 pub fn programs_on(cgroup: BorrowedFd<'_>, hook: bpf_attach_type) -> io::Result<Vec<u32>> {
     const MOST: u32 = 64;

@@ -9,7 +9,8 @@ use std::{
     fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    time::Duration,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
 use notify::RecommendedWatcher;
@@ -21,7 +22,7 @@ use crate::{
     watch::{self, Changes},
 };
 
-mod format;
+pub(super) mod format;
 
 pub use format::FileError;
 
@@ -31,6 +32,10 @@ pub const MAX_FILE: u64 = 32 << 20;
 /// How often files are looked at without being told to: what the watch cannot see (network file
 /// systems, a folder that comes back) is noticed by then.
 const POLL: Duration = Duration::from_secs(1);
+
+/// How long a file of a folder must be away before it counts as removed: editors move the old one
+/// away before they write the new one.
+const GONE: Duration = Duration::from_millis(300);
 
 /// Publishes the content of a source for as long as it runs. `reload` asks for a fresh read.
 pub async fn run(mut source: Source, publisher: Publisher, mut reload: Receiver<u64>) {
@@ -57,6 +62,7 @@ pub async fn run(mut source: Source, publisher: Publisher, mut reload: Receiver<
         which = tokio::select! {
             _ = poll.tick() => Which::Settled,
             names = changes.wait() => Which::Named(names),
+            () = tokio::time::sleep(GONE), if source.misses_one() => Which::Settled,
             Ok(()) = reload.changed() => Which::All,
         };
     }
@@ -95,6 +101,8 @@ struct Entry {
     /// Whether that is a list the file gave, rather than the nothing of an empty file.
     complete: bool,
     error: Option<FileError>,
+    /// Since when the file is away.
+    gone: Option<Instant>,
 }
 
 /// The outcome of a read: a snapshot if something changed, and what is wrong at the moment.
@@ -113,14 +121,16 @@ pub struct Source {
     published: Option<Snapshot>,
     /// What was wrong when the files were last merged.
     error: Option<FileError>,
-    /// Whether an earlier source of the same path has published: then less than everything is not
-    /// news, but a loss.
-    succeeds: bool,
+    /// Why there was nothing to read, until there is again.
+    lost: Option<FileError>,
+    /// What an earlier source of the same path has published, until everything is read: less than
+    /// that is not news, but a loss.
+    kept: Option<Arc<Snapshot>>,
 }
 
 impl Source {
-    pub fn new(path: PathBuf, rules: Rules, succeeds: bool) -> Self {
-        Self { path, rules, files: BTreeMap::new(), published: None, error: None, succeeds }
+    pub fn new(path: PathBuf, rules: Rules, kept: Option<Arc<Snapshot>>) -> Self {
+        Self { path, rules, files: BTreeMap::new(), published: None, error: None, lost: None, kept }
     }
 
     /// The folder whose changes matter, and the one name in it if this is about one file.
@@ -135,21 +145,28 @@ impl Source {
     fn read(&mut self, which: &Which) -> News {
         let paths = match list(&self.path) {
             Ok(paths) => paths,
-            Err(error) => return News { snapshot: None, error: Some(error) },
+            Err(error) => return self.lost(error),
         };
         let had_services = self.published.as_ref().is_some_and(|snapshot| !snapshot.services.is_empty());
-        if paths.is_empty() && (had_services || self.succeeds) {
+        if paths.is_empty() && (had_services || self.kept.is_some()) {
             let error = FileError::new(
                 &self.path,
                 "the folder holds no services file any more; what it held is kept",
             );
-            return News { snapshot: None, error: Some(error) };
+            return self.lost(error);
+        }
+        let mut changed = false;
+        let mut unread = false;
+        for (_, entry) in self.files.iter_mut().filter(|(path, _)| !paths.contains(*path)) {
+            changed |= entry.gone.is_none();
+            entry.gone.get_or_insert_with(Instant::now);
         }
         let known = self.files.len();
-        self.files.retain(|path, _| paths.contains(path));
-        let mut changed = self.files.len() != known;
+        self.files.retain(|_, entry| entry.gone.is_none_or(|since| since.elapsed() < GONE));
+        changed |= self.files.len() != known;
         for path in paths {
             let entry = self.files.entry(path.clone()).or_default();
+            changed |= entry.gone.take().is_some();
             let signature = Signature::of(&path).ok();
             let due = match which {
                 Which::All => true,
@@ -158,16 +175,33 @@ impl Source {
             };
             entry.seen = signature;
             if due {
-                entry.read(&path, &self.rules, self.succeeds);
+                entry.read(&path, &self.rules, self.kept.is_some());
                 entry.read = signature;
                 changed = true;
             }
+            unread |= entry.read != signature;
         }
+        if let Some(error) = self.lost.take_if(|_| !changed && unread) {
+            // What is there again may still be being written.
+            return self.lost(error);
+        }
+        changed |= self.lost.take().is_some();
         // A look that finds nothing new, once a second, must cost next to nothing.
         if changed || self.published.is_none() {
             return self.merge();
         }
         News { snapshot: None, error: self.error.clone() }
+    }
+
+    /// Whether a file is away and still counts.
+    fn misses_one(&self) -> bool {
+        self.files.values().any(|entry| entry.gone.is_some())
+    }
+
+    /// There is nothing to read at the moment.
+    fn lost(&mut self, error: FileError) -> News {
+        self.lost = Some(error.clone());
+        News { snapshot: None, error: Some(error) }
     }
 
     fn merge(&mut self) -> News {
@@ -179,8 +213,9 @@ impl Source {
     fn merge_files(&mut self) -> News {
         let mut error = None;
         let mut claims = Claims::default();
-        let mut snapshot = Snapshot { services: Vec::new(), complete: !self.files.is_empty() };
-        for (path, entry) in &self.files {
+        let complete = !self.files.is_empty() && !self.misses_one();
+        let mut snapshot = Snapshot { complete, ..Snapshot::default() };
+        for (path, entry) in self.files.iter().filter(|(_, entry)| entry.gone.is_none()) {
             let services = entry.services.as_deref().unwrap_or_default();
             snapshot.complete &= entry.complete;
             error = error.or_else(|| entry.error.clone());
@@ -200,10 +235,17 @@ impl Source {
         if nothing && error.is_some() {
             return News { snapshot: None, error };
         }
-        if self.succeeds && !snapshot.complete {
-            return News { snapshot: None, error };
+        if snapshot.complete {
+            self.kept = None;
         }
-        self.succeeds = false;
+        let gone = self.files.values().filter(|entry| entry.gone.is_some());
+        let gone = gone.filter_map(|entry| entry.services.as_ref()).flatten();
+        for service in gone.chain(self.kept.iter().flat_map(|kept| kept.all())) {
+            // What is named by now is no longer kept.
+            if claims.add(service).is_ok() {
+                snapshot.kept.push(service.clone());
+            }
+        }
         let changed = self.published.as_ref() != Some(&snapshot);
         self.published = Some(snapshot.clone());
         News { snapshot: changed.then_some(snapshot), error }
@@ -234,7 +276,7 @@ impl Entry {
 
 /// Reads a services file and checks it; for `mesh config validate` and `mesh check`.
 pub fn validate(path: &Path, rules: &Rules) -> Result<usize, FileError> {
-    let mut source = Source::new(path.to_path_buf(), rules.clone(), false);
+    let mut source = Source::new(path.to_path_buf(), rules.clone(), None);
     let news = source.read(&Which::All);
     match news.error {
         Some(error) => Err(error),
@@ -263,6 +305,10 @@ fn read_limited(path: &Path) -> Result<String, FileError> {
     use io::Read;
     let error = |error: io::Error| FileError::new(path, error.to_string());
     let mut text = String::new();
+    // To open a pipe is to wait for its other end.
+    if !fs::metadata(path).map_err(error)?.is_file() {
+        return Err(FileError::new(path, "this is not a file"));
+    }
     let mut file = fs::File::open(path).map_err(error)?.take(MAX_FILE + 1);
     file.read_to_string(&mut text).map_err(error)?;
     if text.len() as u64 > MAX_FILE {

@@ -68,6 +68,12 @@ fn the_objects_have_the_fields_that_do_not_change() {
     let registry = &status["registries"][0];
     assert_eq!((&registry["type"], &registry["state"]), (&json!("file"), &json!("synced")));
     assert!(registry["last_sync"].as_str().unwrap().ends_with('Z'));
+    assert_eq!((&registry["services"], &registry["instances"]), (&json!(1), &json!(1)));
+    assert_eq!(
+        keys(registry),
+        ["age_seconds", "error", "instances", "last_sync", "services", "source", "state", "type"]
+    );
+    assert_eq!(keys(&mesh.json(&["registry", "list"])[0]), keys(registry));
     assert!(
         status["maps"].as_array().unwrap().contains(&json!({"name": "FRONTENDS", "used": 1, "max": 16384}))
     );
@@ -117,6 +123,13 @@ fn tables_are_for_people() {
     assert_eq!(run(&mesh, &["service", "list", "--no-headers"]).lines().count(), 1);
     assert!(run(&mesh, &["service", "list", "-o", "wide"]).contains("POLICY"));
     assert!(run(&mesh, &["service", "list", "-o", "yaml"]).contains("name: echo"));
+    let registries = run(&mesh, &["registry", "list"]);
+    let lines: Vec<Vec<_>> = registries.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines[0].join(" "), "TYPE SOURCE STATE SERVICES INSTANCES LAST SYNC AGE ERROR");
+    assert_eq!(lines[1][..5], ["file", mesh.services.to_str().unwrap(), "synced", "1", "1"]);
+    assert_eq!(run(&mesh, &["registry", "list", "--no-headers"]).lines().count(), 1);
+    assert!(run(&mesh, &["registry", "list", "-o", "yaml"]).contains("state: synced"));
+    assert_eq!(run(&mesh, &["status", "--brief"]).lines().count(), 1);
     assert!(run(&mesh, &["status"]).contains("10 of 10 attached"));
     assert!(run(&mesh, &["status", "--verbose"]).contains("mesh_connect4 attached"));
     assert!(run(&mesh, &["backend", "list"]).contains(&format!("127.0.0.1:{}", server.port())));
@@ -131,6 +144,9 @@ fn exit_codes_tell_failure_from_misuse() {
     assert_eq!(code(&["status", "--socket", "/nowhere"]), Some(1));
     assert_eq!(code(&["no-such-command"]), Some(2));
     assert_eq!(code(&["status", "-o", "colour"]), Some(2));
+    assert_eq!(code(&["status", "--brief", "--verbose"]), Some(2));
+    assert_eq!(code(&["status", "--wait=soon"]), Some(2));
+    assert_eq!(code(&["status", "--wait=100ms", "--socket", "/nowhere"]), Some(1));
     assert_eq!(code(&["config", "validate", "/nowhere"]), Some(1));
     assert_eq!(code(&["--help"]), Some(0));
 }
@@ -226,4 +242,6 @@ fn metrics_and_health_are_served() {
         metrics.contains(&format!("mesh_registry_up{{type=\"file\",source=\"{source}\"}} 1")),
         "{metrics}"
     );
+    let synced = format!("mesh_registry_last_sync_timestamp_seconds{{type=\"file\",source=\"{source}\"}} 1");
+    assert!(metrics.contains(&synced), "{metrics}");
 }

@@ -1,6 +1,9 @@
 //! Bad input against a running daemon: every mistake is named, nothing that works is lost.
 
-use std::fs;
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use mesh_tests::{Mesh, server::Server, service, wait_until};
 
@@ -158,4 +161,62 @@ fn an_empty_list_of_services_removes_them() {
     for map in status["maps"].as_array().unwrap() {
         assert_eq!(map["used"], 0, "{map}");
     }
+}
+
+#[test]
+fn a_file_that_an_editor_replaces_step_by_step_takes_nothing_along_and_one_that_is_removed_does() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let mut mesh = Mesh::prepare("");
+    let folder = mesh.dir.path().join("services.d");
+    fs::create_dir(&folder).unwrap();
+    let other = folder.join("other.toml");
+    fs::write(&other, service("other", 80, "127.128.4.2", &[("127.0.0.1", two.port())])).unwrap();
+    let config = fs::read_to_string(&mesh.config).unwrap();
+    fs::write(&mesh.config, config.replace(mesh.services.to_str().unwrap(), folder.to_str().unwrap()))
+        .unwrap();
+    mesh.services = folder.join("echo.toml");
+    let text = service("echo", 80, VIP, &[("127.0.0.1", one.port())]);
+    mesh.write(&text);
+    mesh.launch();
+    mesh.ready();
+    let program = format!(
+        r#"
+import select, socket, sys
+print("begins", flush=True)
+dialled, failed = 0, []
+while not select.select([sys.stdin], [], [], 0)[0]:
+    dialled += 1
+    try:
+        socket.create_connection(("{VIP}", 80), 5).close()
+    except OSError as e:
+        failed.append(e)
+print(dialled > 100, failed[:3], flush=True)
+"#
+    );
+    let pause = || std::thread::sleep(Duration::from_millis(5));
+    wait_until("an editor that is not held up for longer than a file may be away", || {
+        mesh.wait_for_backends(&format!("{VIP}:80"), 1);
+        let mut client = mesh.dialogue(&program);
+        assert_eq!(client.hear(), "begins");
+        let mut longest = Duration::ZERO;
+        for _ in 0..20 {
+            let start = Instant::now();
+            fs::rename(&mesh.services, folder.join("echo.toml~")).unwrap();
+            pause();
+            fs::write(&mesh.services, "").unwrap();
+            longest = longest.max(start.elapsed());
+            pause();
+            fs::write(&mesh.services, &text).unwrap();
+            pause();
+        }
+        client.go_on();
+        let answer = client.hear();
+        let soon = longest < Duration::from_millis(200);
+        assert!(!soon || answer == "True []", "{answer}, away for {longest:?} at most");
+        soon
+    });
+
+    fs::remove_file(&mesh.services).unwrap();
+    wait_until("the service is gone", || mesh.lb().as_array().unwrap().len() == 1);
+    assert_eq!(mesh.json(&["registry", "list"])[0]["state"], "synced");
 }

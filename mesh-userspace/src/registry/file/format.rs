@@ -8,12 +8,12 @@ use std::{
     time::Duration,
 };
 
-use serde::{Deserialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize, Serializer, de::DeserializeOwned};
 
 use crate::{
     model::{DRAIN, Eject, Health, Instance, Policy, Protocol, Service, ServiceId},
     registry::{
-        Claims,
+        Claims, Snapshot,
         rules::{self, Rules},
     },
 };
@@ -62,8 +62,8 @@ struct Document<S> {
     service: Option<Vec<S>>,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, bound = "I: DeserializeOwned")]
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields, bound(deserialize = "I: DeserializeOwned"))]
 struct RawService<I> {
     name: String,
     namespace: String,
@@ -77,8 +77,10 @@ struct RawService<I> {
     policy: Policy,
     affinity: Option<Span>,
     drain: Option<Span>,
+    #[serde(skip_serializing)]
     retry: Option<Retry>,
     eject: Option<RawEject>,
+    #[serde(skip_serializing)]
     check: Option<Check>,
     slow_start: Option<Span>,
     #[serde(default)]
@@ -91,7 +93,7 @@ fn tcp() -> Protocol {
     Protocol::Tcp
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct RawInstance {
     id: String,
@@ -109,11 +111,11 @@ fn hundred() -> u16 {
 }
 
 /// A time like `20s`.
-#[derive(Clone, Copy, Deserialize)]
+#[derive(Clone, Copy, Deserialize, Serialize)]
 #[serde(transparent)]
 struct Span(#[serde(with = "humantime_serde")] Duration);
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct RawEject {
     failures: Option<u16>,
@@ -199,6 +201,91 @@ impl<T> At<T> for serde_saphyr::Spanned<T> {
     }
 }
 
+/// A record of a text whose lines nobody asks for.
+#[derive(Deserialize)]
+#[serde(transparent)]
+struct Anywhere<T>(T);
+
+impl<T> At<T> for Anywhere<T> {
+    fn located(self, _: &mut Lines) -> Located<T> {
+        Located { line: 0, value: self.0 }
+    }
+}
+
+/// Services as [`ToRecords`] wrote them, not checked yet.
+#[derive(Deserialize)]
+#[serde(transparent)]
+pub(in crate::registry) struct Records(Vec<Anywhere<RawService<Anywhere<RawInstance>>>>);
+
+/// The services that fulfil the rules, and what is wrong with the others.
+pub(in crate::registry) fn check(Records(services): Records, rules: &Rules) -> (Vec<Service>, Vec<String>) {
+    let records = records(Document { service: Some(services) }, &mut Lines::new(""));
+    let mut checked = Checked::default();
+    let mut refused = Vec::new();
+    for record in records.into_iter().flatten() {
+        refused.extend(checked.add(record, rules).err().map(|(_, message)| message));
+    }
+    (checked.services, refused)
+}
+
+/// Writes all services of a snapshot as a services file has them.
+pub(in crate::registry) struct ToRecords<'a>(pub &'a Snapshot);
+
+impl Serialize for ToRecords<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.0.all().map(RawService::from))
+    }
+}
+
+impl From<&Service> for RawService<RawInstance> {
+    fn from(service: &Service) -> Self {
+        // Every field is named: a new one must not be forgotten here.
+        let Service {
+            id,
+            vip,
+            aliases,
+            policy,
+            affinity,
+            drain,
+            eject,
+            slow_start,
+            panic_percent,
+            instances,
+        } = service;
+        let Eject { failures, base, max, max_percent } = *eject;
+        let ServiceId { namespace, name, protocol, port } = id;
+        Self {
+            name: name.clone(),
+            namespace: namespace.clone(),
+            protocol: *protocol,
+            port: *port,
+            vip: *vip,
+            aliases: aliases.clone(),
+            policy: *policy,
+            affinity: affinity.map(Span),
+            drain: Some(Span(*drain)),
+            retry: None,
+            eject: Some(RawEject {
+                failures: Some(failures),
+                base: Some(Span(base)),
+                max: Some(Span(max)),
+                max_percent: Some(max_percent),
+            }),
+            check: None,
+            slow_start: slow_start.map(Span),
+            panic_percent: *panic_percent,
+            instance: instances.iter().map(RawInstance::from).collect(),
+        }
+    }
+}
+
+impl From<&Instance> for RawInstance {
+    fn from(instance: &Instance) -> Self {
+        let Instance { id, address, port, weight, zone, health } = instance.clone();
+        Self { id, address, port, weight, zone, health }
+    }
+}
+
 /// Counts lines up to growing offsets.
 struct Lines<'a> {
     text: &'a str,
@@ -227,7 +314,11 @@ type Toml<T> = toml::Spanned<T>;
 type Record = Located<RawService<Located<RawInstance>>>;
 
 /// The services of a file; `None` if it has no list of services at all.
-pub(super) fn parse(path: &Path, text: &str, rules: &Rules) -> Result<Option<Vec<Service>>, FileError> {
+pub(in crate::registry) fn parse(
+    path: &Path,
+    text: &str,
+    rules: &Rules,
+) -> Result<Option<Vec<Service>>, FileError> {
     let Some(format) = Format::of(path) else {
         return Err(FileError::new(path, "the file's name must end in .toml, .yaml, .yml or .json"));
     };

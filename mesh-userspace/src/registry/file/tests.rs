@@ -17,7 +17,7 @@ port = 8080
 fn source(dir: &TempDir, file: &str, text: &str) -> Source {
     let path = dir.path().join(file);
     fs::write(&path, text).unwrap();
-    Source::new(path, rules::for_tests(), false)
+    Source::new(path, rules::for_tests(), None)
 }
 
 /// Reads `text` as a file of that name; the error's text, without the folder.
@@ -178,7 +178,7 @@ fn emptiness_by_accident_removes_nothing_but_an_empty_list_does() {
     fs::write(&path, "service = []").unwrap();
     let news = source.read(&Which::All);
     assert_eq!(news.error, None);
-    assert_eq!(news.snapshot, Some(Snapshot { services: vec![], complete: true }));
+    assert_eq!(news.snapshot, Some(Snapshot { complete: true, ..Snapshot::default() }));
 }
 
 #[test]
@@ -186,7 +186,7 @@ fn an_empty_file_at_start_serves_nothing_and_prunes_nothing() {
     let dir = TempDir::new().unwrap();
     let news = source(&dir, "s.toml", "").read(&Which::All);
     assert_eq!(news.error, None);
-    assert_eq!(news.snapshot, Some(Snapshot { services: vec![], complete: false }));
+    assert_eq!(news.snapshot, Some(Snapshot::default()));
 }
 
 #[test]
@@ -198,7 +198,7 @@ fn a_folder_is_the_sum_of_its_files() {
     fs::write(folder.join("b.toml"), GOOD.replace("\"a\"", "\"b\"")).unwrap();
     fs::write(folder.join("notes.txt"), "not ours").unwrap();
     fs::write(folder.join(".hidden.toml"), "not ours").unwrap();
-    let mut source = Source::new(folder.clone(), rules::for_tests(), false);
+    let mut source = Source::new(folder.clone(), rules::for_tests(), None);
     let news = source.read(&Which::All);
     assert_eq!(news.error, None);
     assert_eq!(news.snapshot.unwrap().services.len(), 2);
@@ -211,18 +211,75 @@ fn a_folder_is_the_sum_of_its_files() {
     assert_eq!((snapshot.services.len(), snapshot.complete), (2, false));
     assert!(news.error.unwrap().path.ends_with("c.toml"));
     fs::remove_file(folder.join("c.toml")).unwrap();
+    source.read(&Which::All);
+    std::thread::sleep(GONE);
     let error = source.read(&Which::All).error.unwrap();
     assert!(error.path.ends_with("d.toml") && error.message.contains("defined twice"), "{error}");
 
     // A file that goes takes its services along; a folder that goes does not.
     fs::remove_file(folder.join("d.toml")).unwrap();
     fs::remove_file(folder.join("b.toml")).unwrap();
-    assert_eq!(source.read(&Which::All).snapshot.unwrap().services.len(), 1);
+    source.read(&Which::All);
+    std::thread::sleep(GONE);
+    let snapshot = source.read(&Which::All).snapshot.unwrap();
+    assert!(snapshot.complete && snapshot.services.len() == 1);
     fs::remove_file(folder.join("a.toml")).unwrap();
     assert!(source.read(&Which::All).error.unwrap().message.contains("kept"));
     fs::remove_dir_all(&folder).unwrap();
     let news = source.read(&Which::All);
     assert!(news.snapshot.is_none() && news.error.is_some());
+}
+
+#[test]
+fn a_file_that_is_back_is_well_once_it_is_read() {
+    let dir = TempDir::new().unwrap();
+    let mut source = source(&dir, "s.toml", GOOD);
+    assert!(source.read(&Which::All).snapshot.is_some());
+    let (path, away) = (dir.path().join("s.toml"), dir.path().join("away"));
+    fs::rename(&path, &away).unwrap();
+    let lost = source.read(&Which::Settled).error;
+    assert!(lost.is_some());
+    fs::write(&path, "[").unwrap();
+    assert_eq!(source.read(&Which::Settled).error, lost, "not read yet");
+    assert_eq!(source.read(&Which::Settled).error.unwrap().line, Some(1));
+    fs::remove_file(&path).unwrap();
+    assert!(source.read(&Which::Settled).error.is_some());
+    fs::rename(&away, &path).unwrap();
+    source.read(&Which::Settled);
+    assert_eq!(source.read(&Which::Settled).error, None);
+    // The same file again needs no reading.
+    fs::rename(&path, &away).unwrap();
+    assert!(source.read(&Which::Settled).error.is_some());
+    fs::rename(&away, &path).unwrap();
+    assert_eq!(source.read(&Which::Settled).error, None);
+}
+
+#[test]
+fn a_file_that_is_away_for_a_moment_keeps_its_services() {
+    let dir = TempDir::new().unwrap();
+    let folder = dir.path().join("services.d");
+    fs::create_dir(&folder).unwrap();
+    let (a, b) = (folder.join("a.toml"), folder.join("b.toml"));
+    fs::write(&a, GOOD).unwrap();
+    let text = GOOD.replace("\"a\"", "\"b\"");
+    fs::write(&b, &text).unwrap();
+    let mut source = Source::new(folder.clone(), rules::for_tests(), None);
+    assert_eq!(source.read(&Which::All).snapshot.unwrap().services.len(), 2);
+    // As an editor does: away, there but empty, written.
+    fs::rename(&b, folder.join("b.toml~")).unwrap();
+    let away = source.read(&Which::Settled).snapshot.unwrap();
+    assert_eq!((away.services.len(), away.kept.len(), away.complete), (1, 1, false));
+    fs::write(&b, "").unwrap();
+    let back = source.read(&Which::Settled).snapshot.unwrap();
+    assert_eq!((back.services.len(), back.kept.len(), back.complete), (2, 0, true));
+    fs::write(&b, &text).unwrap();
+    assert_eq!(source.read(&Which::All).snapshot, None, "nothing has changed");
+    // Under another name it is the same at once.
+    fs::rename(&b, folder.join("c.toml")).unwrap();
+    let moved = source.read(&Which::All);
+    assert_eq!((moved.error, moved.snapshot.unwrap().services.len()), (None, 2));
+    std::thread::sleep(GONE);
+    assert_eq!(source.read(&Which::Settled).snapshot.unwrap().services.len(), 2);
 }
 
 #[test]
@@ -249,12 +306,47 @@ fn a_successor_does_not_publish_less_than_everything() {
     let dir = TempDir::new().unwrap();
     for bad in ["", "[[service]]\nname = "] {
         let path = source(&dir, "s.toml", bad).path;
-        let mut source = Source::new(path.clone(), rules::for_tests(), true);
+        let kept = Some(Arc::new(Snapshot::default()));
+        let mut source = Source::new(path.clone(), rules::for_tests(), kept);
         let news = source.read(&Which::All);
         assert!(news.snapshot.is_none() && news.error.is_some(), "{bad:?}");
         fs::write(&path, GOOD).unwrap();
         assert!(source.read(&Which::All).snapshot.is_some());
     }
+}
+
+#[test]
+fn what_a_broken_file_held_is_kept_while_others_are_followed() {
+    let dir = TempDir::new().unwrap();
+    let folder = dir.path().join("services.d");
+    fs::create_dir(&folder).unwrap();
+    let b = GOOD.replace("\"a\"", "\"b\"");
+    fs::write(folder.join("a.toml"), GOOD).unwrap();
+    fs::write(folder.join("b.toml"), &b).unwrap();
+    let new = |kept| Source::new(folder.clone(), rules::for_tests(), kept);
+    let before = Arc::new(new(None).read(&Which::All).snapshot.unwrap());
+
+    fs::write(folder.join("a.toml"), GOOD.replace("10.0.0.1", "10.0.0.9")).unwrap();
+    fs::write(folder.join("b.toml"), "[").unwrap();
+    let mut source = new(Some(before.clone()));
+    let news = source.read(&Which::All);
+    let snapshot = news.snapshot.unwrap();
+    assert!(news.error.is_some() && !snapshot.complete);
+    assert_eq!(snapshot.services[0].instances[0].address.to_string(), "10.0.0.9");
+    assert_eq!(snapshot.kept, before.services[1..]);
+
+    fs::write(folder.join("b.toml"), "service = []").unwrap();
+    let snapshot = source.read(&Which::All).snapshot.unwrap();
+    assert!(snapshot.complete && snapshot.services.len() == 1 && snapshot.kept.is_empty());
+}
+
+#[test]
+fn a_pipe_is_no_services_file() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("s.toml");
+    assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+    let error = Source::new(path, rules::for_tests(), None).read(&Which::All).error.unwrap();
+    assert!(error.message.contains("not a file"), "{error}");
 }
 
 #[test]
