@@ -21,7 +21,8 @@ use super::{
 use crate::plan::applied::Sizes;
 
 /// Maps that both sets share.
-const SHARED: [&str; 5] = [map::SOCKETS, map::CONNECTIONS, map::ORIGIN, map::PEERS, map::STATS];
+const SHARED: [&str; 7] =
+    [map::SOCKETS, map::CONNECTIONS, map::ORIGIN, map::PEERS, map::STATS, map::NAMESERVERS, map::SIGHTS];
 
 /// Ends what an earlier start was cut short in.
 pub(super) fn settle(options: &Options, pins: &Pins, lock: &File) -> Result<()> {

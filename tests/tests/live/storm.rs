@@ -11,6 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tempfile::TempDir;
+
 use mesh_tests::{
     Dialogue, Mesh, Workload, binary, datagram_service, figure, is_long, other_binary, server::Server,
     service, wait_until,
@@ -91,6 +93,10 @@ fn nothing_that_happens_to_the_daemon_fails_a_connect_or_a_connection() {
     let blows = if is_long() { 300 } else { 16 };
     let servers = ["one", "two", "three", "four"].map(Server::start);
     let mut mesh = Mesh::prepare("");
+    // In memory: a disk would not take so many changes.
+    let folder = TempDir::new_in("/dev/shm").unwrap();
+    mesh.services = folder.path().join("services.toml");
+    mesh.configure("");
     let mut python = mesh.inside("python3");
     python.args([HELD, VIP, "81"]).args([IDLE, BUSY, DATAGRAMS].map(|count| count.to_string()));
     let mut client = Dialogue::start(python);
