@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// The layout's version.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// The most `[vip] ranges` a node can have: the kernel checks each before any look-up.
 pub const MAX_VIP_RANGES: usize = 8;
@@ -186,7 +186,7 @@ pub struct Backend {
     zero: u16,
     pub flags: u16,
     /// Its share of new connections; zero if it gets none. The only field that changes in place,
-    /// together with `flags` within one aligned word.
+    /// together with `flags` within the last word.
     pub weight: u16,
 }
 
@@ -194,13 +194,30 @@ impl Backend {
     /// Set on every backend that exists; an entry of zeroes is a free id.
     pub const IN_USE: u16 = 1;
 
+    /// Words of one entry, which the kernel pads. The last one says whether it is in use.
+    pub const WORDS: u32 = 4;
+
     pub const fn new(address: Address, port: Port, service: u32, weight: u16) -> Self {
-        Self { address, service, port, zero: 0, flags: Self::IN_USE, weight }
+        Self { address, port, service, zero: 0, flags: Self::IN_USE, weight }
     }
 
     #[inline(always)]
     pub const fn in_use(&self) -> bool {
         self.flags & Self::IN_USE != 0
+    }
+
+    /// As they lie in memory.
+    pub const fn words(&self) -> [u64; Self::WORDS as usize] {
+        let [a, b, c, d] = self.address.words();
+        let (port, state) = (join(self.port.0, self.zero), join(self.flags, self.weight));
+        [whole(a, b), whole(c, d), whole(self.service, port), whole(state, 0)]
+    }
+
+    pub const fn from_words(words: [u64; Self::WORDS as usize]) -> Self {
+        let [[a, b], [c, d], [service, port], [state, _]] =
+            [halves(words[0]), halves(words[1]), halves(words[2]), halves(words[3])];
+        let ([port, zero], [flags, weight]) = (quarters(port), quarters(state));
+        Self { address: Address::from_words([a, b, c, d]), service, port: Port(port), zero, flags, weight }
     }
 }
 
@@ -507,6 +524,7 @@ pub struct Peers {
 const _: () = {
     assert!(size_of::<Frontend>() == 20 && align_of::<Frontend>() == 4);
     assert!(size_of::<Backend>() == 28 && align_of::<Backend>() == 4);
+    assert!(size_of::<Backend>().next_multiple_of(8) == 8 * Backend::WORDS as usize);
     assert!(size_of::<Origin>() == 44 && align_of::<Origin>() == 4);
     assert!(size_of::<Connection>() == 64);
     assert!(offset_of!(Connection, flags) + 4 == 8 * Connection::WORDS as usize);
@@ -619,6 +637,18 @@ mod tests {
         #[test]
         fn a_connection_round_trips(words: [u64; Connection::WORDS as usize]) {
             prop_assert_eq!(Connection::from_words(words).words(), words);
+        }
+
+        #[test]
+        fn a_backend_is_written_as_it_lies_in_memory(address: [u32; 4], port: u16, service: u32, weight: u16) {
+            let backend = Backend::new(Address::from_words(address), Port::new(port), service, weight);
+            prop_assert_eq!(Backend::from_words(backend.words()), backend);
+            let bytes: Vec<u8> = backend.words().iter().flat_map(|word| word.to_ne_bytes()).collect();
+            prop_assert_eq!(&bytes[..16], &backend.address.octets());
+            prop_assert_eq!(&bytes[16..20], service.to_ne_bytes());
+            prop_assert_eq!(&bytes[20..22], port.to_be_bytes());
+            prop_assert_eq!(&bytes[core::mem::offset_of!(Backend, weight)..][..2], weight.to_ne_bytes());
+            prop_assert_eq!(&bytes[core::mem::offset_of!(Backend, flags)..][..2], Backend::IN_USE.to_ne_bytes());
         }
 
         #[test]

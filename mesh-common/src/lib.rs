@@ -8,5 +8,6 @@
 pub mod abi;
 pub mod address;
 pub mod health;
+pub mod lookup;
 pub mod outcome;
 pub mod select;

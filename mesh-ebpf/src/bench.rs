@@ -1,5 +1,5 @@
-//! What the benchmark compares the hooks with: hooks that do nothing, and hooks that translate but
-//! keep nothing of the socket. Not part of the daemon.
+//! What the benchmark compares the hooks with, hooks that do nothing and hooks that translate but
+//! keep nothing of the socket; and look-ups without a socket, for tests and benchmarks. Not part of the daemon.
 #![no_std]
 #![no_main]
 #![feature(core_intrinsics)]
@@ -10,13 +10,14 @@
 mod context;
 mod forward;
 mod health;
+mod lookup;
 mod maps;
 mod names;
 mod sockets;
 
 use aya_ebpf::{
-    macros::{cgroup_sock, cgroup_sock_addr, sock_ops},
-    programs::{SockAddrContext, SockContext, SockOpsContext},
+    macros::{cgroup_sock, cgroup_sock_addr, classifier, sock_ops},
+    programs::{SockAddrContext, SockContext, SockOpsContext, TcContext},
 };
 use mesh_common::outcome::Outcome;
 
@@ -73,6 +74,21 @@ fn plain<const V4: bool>(hook: &Hook<V4>) -> i32 {
         return ALLOW;
     }
     forward::finish(forward::redirect(hook).err().unwrap_or(Outcome::Translated))
+}
+
+#[classifier]
+fn lookup_draw(_: TcContext) -> i32 {
+    lookup::draw()
+}
+
+#[classifier]
+fn lookup_choose(_: TcContext) -> i32 {
+    lookup::choose()
+}
+
+#[classifier]
+fn lookup_check(_: TcContext) -> i32 {
+    lookup::check()
 }
 
 #[panic_handler]

@@ -89,7 +89,7 @@ fn translate<const V4: bool>(hook: &Hook<V4>) -> Result<Option<Note>, Outcome> {
 /// Sends a call to a backend, and keeps nothing of it.
 #[inline(always)]
 pub(crate) fn redirect<const V4: bool>(hook: &Hook<V4>) -> Result<Choice, Outcome> {
-    let choice = Service::dialled(hook)?.choose()?;
+    let choice = choose(hook.frontend(hook.address()))?;
     send_to(hook, &choice.origin)?;
     Ok(choice)
 }
@@ -97,7 +97,7 @@ pub(crate) fn redirect<const V4: bool>(hook: &Hook<V4>) -> Result<Choice, Outcom
 /// A socket keeps the backend it has for a VIP for as long as that backend is selectable.
 #[inline(always)]
 fn translate_datagram<const V4: bool>(hook: &Hook<V4>) -> Result<Outcome, Outcome> {
-    let service = Service::dialled(hook)?;
+    let service = Service::at(hook.frontend(hook.address()))?;
     if let Some(origin) = service.kept(hook)
         && service.still_selects(&origin)
     {
@@ -152,7 +152,7 @@ fn send_to<const V4: bool>(hook: &Hook<V4>, origin: &Origin) -> Result<(), Outco
 
 /// A backend for a call.
 pub(crate) struct Choice {
-    origin: Origin,
+    pub(crate) origin: Origin,
     /// For the call's [`Connection`].
     flags: u32,
 }
@@ -180,6 +180,12 @@ impl Drawn {
     }
 }
 
+/// The backend that whoever dials a frontend is sent to.
+#[inline(always)]
+pub(crate) fn choose(frontend: Frontend) -> Result<Choice, Outcome> {
+    Service::at(frontend)?.choose()
+}
+
 /// A service that a call dialled.
 struct Service {
     frontend: Frontend,
@@ -189,8 +195,7 @@ struct Service {
 
 impl Service {
     #[inline(always)]
-    fn dialled<const V4: bool>(hook: &Hook<V4>) -> Result<Self, Outcome> {
-        let frontend = hook.frontend(hook.address());
+    fn at(frontend: Frontend) -> Result<Self, Outcome> {
         let id = maps::service_of(&frontend).ok_or(Outcome::NoFrontend)?;
         let word = maps::service(id);
         if !word.exists() {
@@ -287,7 +292,7 @@ impl Service {
 
     #[inline(always)]
     fn drawn(&self, draw: Draw) -> Result<Drawn, Outcome> {
-        let (id, backend) = self.at(draw)?;
+        let (id, backend) = self.led_to(draw)?;
         Ok(Drawn { id, weight: backend.weight, fitness: self.fitness(id) })
     }
 
@@ -318,7 +323,7 @@ impl Service {
 
     /// The backend that a draw leads to.
     #[inline(always)]
-    fn at(&self, draw: Draw) -> Result<(u32, &'static Backend), Outcome> {
+    fn led_to(&self, draw: Draw) -> Result<(u32, &'static Backend), Outcome> {
         let slot = maps::slot(self.word.base() + draw.slot).ok_or(Outcome::BadTable)?;
         let id = select::pick(slot, draw.fraction);
         Ok((id, maps::backend(id).ok_or(Outcome::BadTable)?))

@@ -1,8 +1,8 @@
 //! The maps, and the few ways a hook touches them.
 //!
 //! Sizes here are the smallest ones; the daemon sets the configured sizes when it creates the
-//! maps. `SERVICES` and `SLOTS` are mapped into the daemon, which stores whole words; a hook
-//! loads each word exactly once.
+//! maps. Arrays that the daemon writes are mapped into it, and it stores whole words; a hook
+//! loads those of `SERVICES` and `SLOTS` exactly once.
 
 use core::{
     intrinsics::AtomicOrdering, intrinsics::atomic_cxchg, intrinsics::atomic_xadd, intrinsics::atomic_xchg,
@@ -36,7 +36,7 @@ static SETTINGS: Array<Settings, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static SLOTS: Array<u64, 1, MMAPABLE> = Array::new();
 #[btf_map]
-static BACKENDS: Array<Backend, 1> = Array::new();
+static BACKENDS: Array<Backend, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static LOAD: Array<u64, 1, MMAPABLE> = Array::new();
 #[btf_map]

@@ -20,7 +20,7 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, MapError, MapInfo, PerCpuArray},
+    maps::{HashMap, Map, MapData, MapError, MapInfo, PerCpuArray},
     programs::{CgroupAttachMode, Program, ProgramError, links::FdLink},
 };
 use mesh_common::{
@@ -204,7 +204,7 @@ pub struct Options {
 /// The maps, opened for writing.
 pub struct Maps {
     frontends: HashMap<MapData, Frontend, u32>,
-    backends: Array<MapData, Backend>,
+    backends: Words,
     services: Words,
     settings: Words,
     slots: Words,
@@ -400,7 +400,7 @@ impl Maps {
             health: words(&health, map::HEALTH, sizes.backends)?,
             ejected: words(&ejected, map::EJECTED, sizes.services)?,
             frontends: HashMap::try_from(Map::HashMap(frontends)).map_err(map_error(map::FRONTENDS))?,
-            backends: Array::try_from(Map::Array(backends)).map_err(map_error(map::BACKENDS))?,
+            backends: words(&backends, map::BACKENDS, sizes.backends * Backend::WORDS)?,
             grace: Grace::new().map_err(io_error("cannot make a map of maps"))?,
             sizes,
         })
@@ -424,12 +424,8 @@ impl Maps {
                 dump.settings.insert(id, self.settings(id));
             }
         }
-        for (id, entry) in (0..).zip(self.backends.iter()) {
-            let backend = entry.map_err(map_error(map::BACKENDS))?;
-            if backend.in_use() {
-                dump.backends.insert(id, backend);
-            }
-        }
+        let backends = (0..self.sizes.backends).map(|id| (id, self.backend(id)));
+        dump.backends = backends.filter(|(_, backend)| backend.in_use()).collect();
         dump.busy = (1..self.sizes.backends).filter(|id| self.load(*id) > 0).collect();
         Ok(dump)
     }
@@ -442,6 +438,26 @@ impl Maps {
     /// What connects say of a backend.
     pub fn health(&self, backend: u32) -> HealthWord {
         HealthWord(self.health.load(backend))
+    }
+
+    fn backend(&self, id: u32) -> Backend {
+        let first = id * Backend::WORDS;
+        Backend::from_words([0, 1, 2, 3].map(|word| self.backends.load(first + word)))
+    }
+
+    /// The last word comes last: by it a socket or workload that knows the id from before sees
+    /// whether the entry is its backend still. No slot refers to an entry that is not in use.
+    fn put_backend(&self, id: u32, backend: Backend) {
+        let first = id * Backend::WORDS;
+        for (word, value) in (first..).zip(backend.words()) {
+            self.backends.store(word, value);
+        }
+    }
+
+    /// The other way round.
+    fn clear_backend(&self, id: u32) {
+        let first = id * Backend::WORDS;
+        (first..first + Backend::WORDS).rev().for_each(|word| self.backends.store(word, 0));
     }
 
     fn settings(&self, service: u32) -> Settings {
@@ -493,11 +509,11 @@ impl Maps {
         match op {
             Op::PutBackend { id, service, endpoint, weight } => {
                 let backend = Backend::new(endpoint.address, endpoint.port, *service, *weight);
-                if !self.backends.get(id, 0).map_err(map_error(map::BACKENDS))?.in_use() {
+                if !self.backend(*id).in_use() {
                     // A connect that failed at the last moment may have spoken of who had the id before.
                     self.health.store(*id, 0);
                 }
-                self.backends.set(*id, backend, 0).map_err(map_error(map::BACKENDS))?;
+                self.put_backend(*id, backend);
             }
             Op::PutSlots { base, words, .. } => {
                 for (index, word) in (*base..).zip(words) {
@@ -517,9 +533,9 @@ impl Maps {
                 self.frontends.remove(frontend).map_err(map_error(map::FRONTENDS))?;
             }
             Op::DeleteBackend { id, .. } => {
-                let old = self.backends.get(id, 0).map_err(map_error(map::BACKENDS))?;
-                self.backends.set(*id, Backend::default(), 0).map_err(map_error(map::BACKENDS))?;
-                self.forget(*id, old.service);
+                let service = self.backend(*id).service;
+                self.clear_backend(*id);
+                self.forget(*id, service);
             }
             Op::Grace => self.grace.wait().map_err(io_error("cannot wait for readers"))?,
         }

@@ -12,6 +12,7 @@ use mesh_common::{
     address::Address,
     select::Policy,
 };
+use xxhash_rust::xxh3::Xxh3;
 
 pub mod alias;
 pub mod alloc;
@@ -44,6 +45,25 @@ pub struct Wanted {
 /// What a service's slots are made from: ids, weights above zero and endpoints of its backends.
 pub type Weights = Vec<(u32, u32, Endpoint)>;
 
+/// Tells what a table was made from: a hash, which takes 16 bytes where the weights take 28 for each backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Recipe(u128);
+
+impl Recipe {
+    fn of(weights: &Weights) -> Self {
+        let mut hash = Xxh3::new();
+        for (id, weight, endpoint) in weights {
+            let mut bytes = [0; 26];
+            bytes[..4].copy_from_slice(&id.to_ne_bytes());
+            bytes[4..8].copy_from_slice(&weight.to_ne_bytes());
+            bytes[8..24].copy_from_slice(&endpoint.address.octets());
+            bytes[24..].copy_from_slice(&endpoint.port.get().to_ne_bytes());
+            hash.update(&bytes);
+        }
+        Self(hash.digest128())
+    }
+}
+
 fn table(policy: Policy, weights: &Weights) -> Vec<SlotWord> {
     match policy {
         Policy::Maglev => maglev::table(weights),
@@ -64,7 +84,7 @@ pub enum Op {
     PutSlots {
         base: u32,
         words: Vec<SlotWord>,
-        made_from: Weights,
+        made_from: Recipe,
     },
     PutSettings {
         service: u32,
@@ -158,6 +178,9 @@ impl Planner<'_> {
         let applied = self.applied;
         let known = applied.frontends.get(&frontend).copied();
         let current = known.and_then(|id| applied.services.get(&id));
+        if current.is_some_and(|service| service.is_settled_as(wanted)) {
+            return Ok(());
+        }
         let backend_of = |endpoint: &Endpoint| current.and_then(|service| service.backends.get(endpoint));
 
         let refuse = |map, needed, free, max| Err(Refused { frontend, map, needed, free, max });
@@ -203,7 +226,8 @@ impl Planner<'_> {
         let sticky = settings.affinity_ms > 0;
         let known_word = current.filter(|service| (service.policy, service.sticky) == (*policy, sticky));
         // A table is only made where its making may lead to another one.
-        let as_made = known_word.is_some_and(|service| service.made_from.as_ref() == Some(&weights));
+        let made_from = Recipe::of(&weights);
+        let as_made = known_word.is_some_and(|service| service.made_from == Some(made_from));
         let words = if as_made { None } else { Some(table(*policy, &weights)) };
         let words = words.filter(|words| known_word.is_none_or(|service| service.words != *words));
         if let Some(words) = words {
@@ -217,7 +241,7 @@ impl Planner<'_> {
             };
             let word = ServiceWord::new(base, index(words.len()), *policy, sticky);
             if !words.is_empty() {
-                ops.push(Op::PutSlots { base, words, made_from: weights });
+                ops.push(Op::PutSlots { base, words, made_from });
             }
             ops.push(Op::PutService { id, word });
         }
@@ -254,5 +278,7 @@ fn index(len: usize) -> u32 {
     u32::try_from(len).expect("no more than a map holds")
 }
 
+#[cfg(test)]
+mod interleavings;
 #[cfg(test)]
 mod tests;

@@ -12,6 +12,7 @@ use crate::{
 mod arms;
 mod connect;
 mod policies;
+mod scale;
 mod stats;
 
 pub(crate) use connect::{ClientArgs, client};
@@ -25,8 +26,52 @@ pub(crate) struct Args {
     /// Five times the rounds.
     #[arg(long)]
     full: bool,
+    /// One part alone; what the report says of the others stays in it.
+    #[arg(long)]
+    only: Option<Part>,
     #[arg(long, hide = true)]
     built: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum, PartialEq, Eq)]
+enum Part {
+    Connect,
+    Policies,
+    Scale,
+}
+
+impl Part {
+    const ALL: [Self; 3] = [Self::Connect, Self::Policies, Self::Scale];
+
+    fn name(self) -> String {
+        clap::ValueEnum::to_possible_value(&self).expect("every part has a name").get_name().to_owned()
+    }
+
+    fn measure(self, batches: usize) -> anyhow::Result<Vec<Value>> {
+        match self {
+            Self::Connect => {
+                let mut bench = arms::Bench::start()?;
+                let mut rows = connect::measure(&mut bench, batches)?;
+                rows.extend(connect::hook_times(&mut bench, batches)?);
+                Ok(rows)
+            }
+            Self::Policies => policies::measure(batches),
+            Self::Scale => scale::measure(),
+        }
+    }
+
+    /// Whether a row of the report is one of this part's.
+    fn has(self, row: &Value) -> bool {
+        let measure = row["measure"].as_str().unwrap_or_default();
+        let of = if scale::is_ours(row) {
+            Self::Scale
+        } else if measure.starts_with(policies::MEASURE) {
+            Self::Policies
+        } else {
+            Self::Connect
+        };
+        self == of
+    }
 }
 
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
@@ -34,7 +79,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         build::mesh()?;
     }
     let mode = if args.quick { Some("--quick") } else { args.full.then_some("--full") };
-    if let Some(result) = again_as_root(&["bench", "--built"], mode) {
+    let only = args.only.map(|part| format!("--only={}", part.name()));
+    let mut again = vec!["bench", "--built"];
+    again.extend(only.as_deref());
+    if let Some(result) = again_as_root(&again, mode) {
         return result;
     }
     let batches = if args.quick {
@@ -44,12 +92,27 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     } else {
         10
     };
-    let mut bench = arms::Bench::start()?;
-    let mut rows = connect::measure(&mut bench, batches)?;
-    rows.extend(connect::hook_times(&mut bench, batches)?);
-    drop(bench);
-    rows.extend(policies::measure(batches)?);
+    let mut rows = match args.only {
+        Some(_) => earlier()?,
+        None => Vec::new(),
+    };
+    for part in Part::ALL.into_iter().filter(|part| args.only.is_none_or(|only| only == *part)) {
+        let at = rows.iter().position(|row| part.has(row)).unwrap_or(rows.len());
+        rows.retain(|row| !part.has(row));
+        rows.splice(at..at, part.measure(batches)?);
+    }
     report(&rows, batches)
+}
+
+/// The rows of the last report, if there is one.
+fn earlier() -> anyhow::Result<Vec<Value>> {
+    match fs::read(root().join("bench/report/report.json")) {
+        Ok(report) => {
+            Ok(serde_json::from_slice::<Value>(&report)?["rows"].as_array().cloned().unwrap_or_default())
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn report(rows: &[Value], batches: usize) -> anyhow::Result<()> {
@@ -79,7 +142,7 @@ fn report(rows: &[Value], batches: usize) -> anyhow::Result<()> {
 fn markdown(rows: &[Value]) -> anyhow::Result<String> {
     let mut text =
         String::from("| measure | arm | median | vs direct (95 % interval) |\n|---|---|---|---|\n");
-    for row in rows {
+    for row in rows.iter().filter(|row| !scale::is_ours(row)) {
         let word = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
         let ratio = &row["vs_direct"];
         let number = |key: &str| ratio[key].as_f64().unwrap_or_default();
@@ -90,5 +153,5 @@ fn markdown(rows: &[Value]) -> anyhow::Result<String> {
         let value = row["value"].as_f64().unwrap_or_default();
         writeln!(text, "| {} | {} | {value:.0} {} | {versus} |", word("measure"), word("arm"), word("unit"))?;
     }
-    Ok(text)
+    Ok(text + &scale::markdown(rows))
 }

@@ -119,7 +119,7 @@ impl Maps {
             new.slots.store(index, self.slots.load(index));
         }
         for (id, backend) in &dump.backends {
-            new.backends.set(*id, *backend, 0).map_err(map_error(map::BACKENDS))?;
+            new.put_backend(*id, *backend);
         }
         for (id, word) in &dump.services {
             new.services.store(*id, word.0);

@@ -10,7 +10,7 @@ use mesh_common::{
 use crate::model::DRAIN;
 
 use super::{
-    Endpoint, Op, Weights,
+    Endpoint, Op, Recipe, Wanted,
     alloc::{Alloc, Ids, Ranges},
     index,
 };
@@ -35,7 +35,7 @@ pub struct Applied {
     /// Which service a backend belongs to.
     owners: BTreeMap<u32, (u32, Endpoint)>,
     /// Slots written, but not yet pointed at, and what they were made from.
-    pending: Option<(Vec<SlotWord>, Weights)>,
+    pending: Option<(Vec<SlotWord>, Recipe)>,
     /// Taken out of use, but perhaps still being read: free after the next grace.
     retired_services: Vec<u32>,
     retired_slots: Vec<(u32, u32)>,
@@ -51,8 +51,23 @@ pub struct Service {
     pub settings: Settings,
     pub words: Vec<SlotWord>,
     /// What the words were made from; not known after a start.
-    pub made_from: Option<Weights>,
+    pub made_from: Option<Recipe>,
+    /// Whether the words are made from the backends as they are; not known after a start.
+    settled: bool,
     pub backends: BTreeMap<Endpoint, Known>,
+}
+
+impl Service {
+    /// Whether nothing is to be written: most services of a large table have not changed.
+    pub(super) fn is_settled_as(&self, wanted: &Wanted) -> bool {
+        let Wanted { policy, settings, backends } = wanted;
+        let same = |((a, known), (b, weight)): ((&Endpoint, &Known), _)| (a, &known.weight) == (b, weight);
+        self.settled
+            && (self.policy, self.settings) == (*policy, *settings)
+            && self.sticky == (settings.affinity_ms > 0)
+            && self.backends.len() == backends.len()
+            && self.backends.iter().zip(backends).all(same)
+    }
 }
 
 /// A backend's place and weight in the maps.
@@ -123,6 +138,7 @@ impl Applied {
                     settings: dump.settings.get(&id).copied().unwrap_or_default(),
                     words: slots(word),
                     made_from: None,
+                    settled: false,
                     backends: BTreeMap::new(),
                 };
                 applied.services.insert(id, service);
@@ -203,15 +219,13 @@ impl Applied {
             Op::PutBackend { id, service, endpoint, weight } => {
                 self.alloc.backends.claim(*id);
                 self.owners.insert(*id, (*service, *endpoint));
-                self.services
-                    .entry(*service)
-                    .or_default()
-                    .backends
-                    .insert(*endpoint, Known { id: *id, weight: *weight });
+                let service = self.services.entry(*service).or_default();
+                service.backends.insert(*endpoint, Known { id: *id, weight: *weight });
+                service.settled = false;
             }
             Op::PutSlots { base, words, made_from } => {
                 self.alloc.slots.claim(*base, index(words.len()));
-                self.pending = Some((words.clone(), made_from.clone()));
+                self.pending = Some((words.clone(), *made_from));
             }
             Op::PutSettings { service, settings } => {
                 self.services.entry(*service).or_default().settings = *settings;
@@ -223,9 +237,10 @@ impl Applied {
                 service.base = word.base();
                 service.policy = word.policy();
                 service.sticky = word.is_sticky();
-                let (words, made_from) = self.pending.take().unwrap_or_default();
-                service.words = words;
-                service.made_from = Some(made_from);
+                let (words, made_from) = self.pending.take().unzip();
+                service.words = words.unwrap_or_default();
+                service.made_from = made_from;
+                service.settled = true;
             }
             Op::PutService { id, .. } => {
                 if let Some(service) = self.services.remove(id) {

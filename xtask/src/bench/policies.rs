@@ -22,6 +22,9 @@ use crate::{
     tools::{enter, output},
 };
 
+/// What its rows begin with.
+pub(super) const MEASURE: &str = "one slow backend of four";
+
 const VIP: &str = "127.128.0.21";
 /// How long each backend takes for a request. Each serves so many at a time.
 const TIMES_MS: [u64; 4] = [2, 2, 2, 20];
@@ -80,7 +83,7 @@ pub(super) fn measure(batches: usize) -> anyhow::Result<Vec<Value>> {
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an index")]
             let value = values[(values.len() as f64 * part) as usize];
             rows.push(json!({
-                "measure": format!("one slow backend of four: latency {name}, {policy}"), "topology": "loopback",
+                "measure": format!("{MEASURE}: latency {name}, {policy}"), "topology": "loopback",
                 "arm": "mesh", "value": value, "unit": "us", "vs_direct": null,
             }));
         }
