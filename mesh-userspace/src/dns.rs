@@ -36,7 +36,7 @@ const TTL: u32 = 5;
 /// The same for "there is no such name": not at all, so that a new service has its name at once.
 const NEGATIVE_TTL: u32 = 0;
 
-/// What answers, whichever socket a question came from. Nothing in it waits for a writer.
+/// What answers, whichever socket a question came from.
 pub struct Core {
     table: ArcSwap<Table>,
     forwarder: ArcSwap<Forwarder>,

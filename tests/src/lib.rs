@@ -103,8 +103,8 @@ impl Mesh {
             config: dir.path().join("mesh.toml"),
             services: dir.path().join("services.toml"),
             web: free_address(),
-            // The usual address is one for all tests.
-            dns: "listen = []".into(),
+            // The usual address is one for all tests, and the node's name servers are not theirs to ask.
+            dns: "listen = []\nupstream = []".into(),
             daemon: None,
             dir,
         };

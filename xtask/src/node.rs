@@ -65,7 +65,7 @@ impl Node {
     fn write_config(&self) -> anyhow::Result<()> {
         let text = format!(
             "[node]\ncgroup = {:?}\npin_dir = {:?}\nstate_dir = {:?}\n\n[api]\nsocket = {:?}\n\n\
-             [web]\nlisten = {:?}\n\n[dns]\nlisten = []\n\n[backends]\nallow_loopback = true\n\n\
+             [web]\nlisten = {:?}\n\n[dns]\nlisten = []\nupstream = []\n\n[backends]\nallow_loopback = true\n\n\
              [[registry]]\ntype = \"file\"\npath = {:?}\n",
             self.cgroup,
             self.pin_dir,

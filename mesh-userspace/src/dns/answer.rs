@@ -3,14 +3,13 @@
 use std::{net::IpAddr, time::Instant};
 
 use hickory_resolver::proto::{
-    op::Header,
-    op::{Edns, Message, MessageType, Metadata, OpCode, Query, ResponseCode},
+    op::{Edns, Header, Message, MessageType, Metadata, OpCode, Query, ResponseCode},
     rr::{DNSClass, RecordType},
     serialize::binary::{BinDecodable, BinDecoder, BinEncodable, BinEncoder},
 };
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{Core, metrics::Source, table::Own, upstream::ClientKey};
+use super::{Core, metrics::Source, table::Own};
 
 /// The largest answer over UDP: what no usual path has to fragment (DNS flag day 2020).
 const MAX_UDP: u16 = 1232;
@@ -24,17 +23,15 @@ pub(super) enum Transport {
 /// Who asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Client {
-    key: ClientKey,
+    listener: u64,
     /// Whether it is on this node. Others must not make it ask for them.
     local: bool,
 }
 
 impl Client {
     pub(super) fn new(listener: u64, at: IpAddr, from: IpAddr) -> Self {
-        // Nobody but the namespace itself reaches its loopback addresses, whatever its own is. One
-        // that asks from many of them is still one.
-        let same = at.is_loopback() || from.is_loopback() || from == at;
-        Self { key: (listener, (!same).then_some(from)), local: same }
+        // Nobody but the namespace itself reaches its loopback addresses, whatever its own is.
+        Self { listener, local: at.is_loopback() || from.is_loopback() || from == at }
     }
 }
 
@@ -102,7 +99,7 @@ impl Core {
         if !client.local || !metadata.recursion_desired {
             return refuse(&question, ResponseCode::Refused);
         }
-        question._open = self.limits.enter(client.key);
+        question._open = self.limits.enter(client.listener);
         if question._open.is_none() {
             return refuse(&question, ResponseCode::ServFail);
         }

@@ -49,7 +49,8 @@ impl Listener {
         Ok(Self::new(udp, tcp)?)
     }
 
-    /// Of sockets that are bound to one and the same address.
+    /// Of sockets that are bound to one and the same address, wherever they were made. Needs the
+    /// runtime that will serve them.
     pub fn new(udp: std::net::UdpSocket, tcp: std::net::TcpListener) -> io::Result<Self> {
         udp.set_nonblocking(true)?;
         tcp.set_nonblocking(true)?;

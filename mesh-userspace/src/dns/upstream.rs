@@ -38,7 +38,7 @@ const PATIENCE: Duration = Duration::from_millis(1500);
 /// How long the node remembers that a name does not exist elsewhere.
 const NEGATIVE_CACHE: Duration = Duration::from_secs(5);
 
-/// Questions that may wait for name servers at a time: of one client, and of all together.
+/// Questions that may wait for name servers at a time: of one listener, and of all together.
 const PER_CLIENT: usize = 64;
 const IN_ALL: usize = 512;
 
@@ -95,15 +95,13 @@ impl Forwarder {
 
     /// Takes notice where a question is one of the daemon's own that came back.
     pub(super) fn hear(&self, name: &Name) -> bool {
-        let is_own = Name::from_ascii(LOOP).is_ok_and(|top| top.zone_of(name));
-        if is_own {
-            let mut labels = name.iter();
-            let place = labels.next().and_then(|place| std::str::from_utf8(place).ok()?.parse().ok());
-            if let Some(place) = place.filter(|_| labels.next() == Some(self.token.as_bytes())) {
-                self.circular.lock().expect("nobody panics holding it").insert(place);
-            }
+        let mut labels = name.iter();
+        let place = labels.next().and_then(|place| std::str::from_utf8(place).ok()?.parse().ok());
+        let own = place.filter(|_| labels.next() == Some(self.token.as_bytes()));
+        if let Some(place) = own {
+            self.circular.lock().expect("nobody panics holding it").insert(place);
         }
-        is_own
+        own.is_some()
     }
 
     /// Asks each server something that only this daemon would; those through which the question
@@ -194,14 +192,12 @@ fn own(result: Result<Message, NetError>) -> Own {
     }
 }
 
-/// Who asks: all clients in one network namespace that share an address with its listener are one.
-pub(super) type ClientKey = (u64, Option<IpAddr>);
-
 /// Keeps one client from taking what all share.
 #[derive(Debug)]
 pub(super) struct Limits {
     all: Arc<Semaphore>,
-    clients: Mutex<HashMap<ClientKey, Arc<Semaphore>>>,
+    /// By listener: those of one network namespace are one.
+    clients: Mutex<HashMap<u64, Arc<Semaphore>>>,
 }
 
 impl Default for Limits {
@@ -212,7 +208,7 @@ impl Default for Limits {
 
 impl Limits {
     /// The right to have a question open; it ends with the permits.
-    pub(super) fn enter(&self, client: ClientKey) -> Option<[OwnedSemaphorePermit; 2]> {
+    pub(super) fn enter(&self, client: u64) -> Option<[OwnedSemaphorePermit; 2]> {
         let mut clients = self.clients.lock().expect("nobody panics holding it");
         if clients.len() > IN_ALL {
             clients.retain(|_, open| open.available_permits() < PER_CLIENT);
@@ -336,8 +332,8 @@ mod tests {
         let forwarder = Forwarder::new(vec!["10.0.0.2:53".parse().unwrap()], Vec::new(), false);
         let hear = |name: &str| forwarder.hear(&Name::from_ascii(name).unwrap());
         assert!(!hear("www.example.com."));
-        // Another daemon's is nobody's name either.
-        assert!(hear("0.0123456789abcdef.mesh-loop."));
+        // Another daemon's: it is found only if it is passed on.
+        assert!(!hear("0.0123456789abcdef.mesh-loop."));
         assert!(forwarder.circular.lock().unwrap().is_empty());
         assert!(hear(&format!("0.{}.MESH-LOOP.", forwarder.token)));
         assert_eq!(*forwarder.circular.lock().unwrap(), BTreeSet::from([0]));
@@ -346,13 +342,12 @@ mod tests {
     #[test]
     fn one_client_cannot_take_what_all_share() {
         let limits = Limits::default();
-        let greedy: Vec<_> = (0..2 * PER_CLIENT).map_while(|_| limits.enter((1, None))).collect();
+        let greedy: Vec<_> = (0..2 * PER_CLIENT).map_while(|_| limits.enter(1)).collect();
         assert_eq!(greedy.len(), PER_CLIENT);
-        assert!(limits.enter((2, None)).is_some(), "another namespace");
-        assert!(limits.enter((1, Some("10.0.0.9".parse().unwrap()))).is_some(), "another address");
+        assert!(limits.enter(2).is_some());
         drop(greedy);
-        assert!(limits.enter((1, None)).is_some());
-        let all: Vec<_> = (10..).map_while(|client| limits.enter((client, None))).collect();
+        assert!(limits.enter(1).is_some());
+        let all: Vec<_> = (10..).map_while(|client| limits.enter(client)).collect();
         assert_eq!(all.len(), IN_ALL);
     }
 
@@ -360,7 +355,7 @@ mod tests {
     fn clients_that_are_gone_are_forgotten() {
         let limits = Limits::default();
         for client in 0..10 * IN_ALL as u64 {
-            limits.enter((client, None));
+            limits.enter(client);
         }
         assert!(limits.clients.lock().unwrap().len() <= IN_ALL + 2);
     }
