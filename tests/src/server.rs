@@ -114,7 +114,7 @@ sys.stdin.readline()
     server
 }
 
-/// A real name server, dnsmasq, on 127.0.0.1.
+/// A real name server, dnsmasq.
 pub struct Dns {
     pub port: u16,
     dnsmasq: Child,
@@ -130,17 +130,21 @@ impl Dns {
 
     /// It knows what these options say.
     pub fn with(options: &[&str]) -> Self {
-        let listen = free_address();
-        let (_, port) = listen.rsplit_once(':').unwrap();
+        Self::at(&free_address(), options)
+    }
+
+    /// At a loopback address and port.
+    pub fn at(listen: &str, options: &[&str]) -> Self {
+        let (address, port) = listen.rsplit_once(':').unwrap();
         let mut dnsmasq = Command::new("dnsmasq");
         dnsmasq.args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts"]);
-        dnsmasq.args(["--user=root", "--pid-file", "--bind-interfaces", "--listen-address=127.0.0.1"]);
+        dnsmasq.args(["--user=root", "--pid-file", "--bind-interfaces", "--listen-address", address]);
         let log = NamedTempFile::new().unwrap();
         dnsmasq.args([format!("--port={port}"), format!("--log-facility={}", log.path().display())]);
         dnsmasq.arg("--log-queries").args(options);
         let dnsmasq = dnsmasq.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         // It listens for TCP last.
-        wait_until("dnsmasq listens", || TcpStream::connect(&listen).is_ok());
+        wait_until("dnsmasq listens", || TcpStream::connect(listen).is_ok());
         Self { port: port.parse().unwrap(), dnsmasq, log }
     }
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use mesh_tests::{
-    Dialogue, Mesh, figure,
+    Dialogue, Mesh, binary, figure,
     server::{Dns, Server},
     service, text, wait_until,
 };
@@ -382,4 +382,27 @@ fn suffixes_and_upstream_follow_the_configuration() {
     names.mesh.dns += "\nsuffixes = [\"corp\"]";
     names.mesh.configure("");
     wait_until("the new suffix", || names.status(&["www.corp"]) == "NXDOMAIN");
+}
+
+#[test]
+fn the_node_s_resolv_conf_is_followed_and_never_leads_back() {
+    let mut names = Names::prepare("service = []", &[]);
+    names.mesh.dns = names.mesh.dns.replace("upstream = []", "upstream = \"auto\"");
+    names.mesh.configure("");
+    let [.., high, low] = names.address.octets();
+    let other = Ipv4Addr::new(127, 63, high, low);
+    let _upstream = Dns::at(&format!("{other}:53"), &["--address=/www.example.com/192.0.2.1", "--local=//"]);
+    let resolv = names.mesh.dir.path().join("node-resolv.conf");
+    fs::write(&resolv, format!("nameserver {}\n", names.address)).unwrap();
+    let script = format!("mount --bind {} /etc/resolv.conf && exec \"$@\"", resolv.display());
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "sh", "-c", &script, "sh"]).arg(binary());
+    names.mesh.launch_as(command);
+    names.mesh.ready();
+    let problems = names.mesh.json(&["status"])["problems"].to_string();
+    assert!(problems.contains("names no server but this daemon"), "{problems}");
+    assert_eq!(names.status(&["www.example.com"]), "SERVFAIL");
+    fs::write(&resolv, format!("nameserver {}\nnameserver {other}\n", names.address)).unwrap();
+    wait_until("the new name server", || names.short(&["www.example.com"]) == "192.0.2.1");
+    assert_eq!(names.mesh.json(&["status"])["problems"], serde_json::json!([]));
 }
