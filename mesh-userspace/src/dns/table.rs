@@ -106,17 +106,17 @@ impl Table {
         let mut aliases: Vec<(usize, &str, &str)> = Vec::new();
         for entry in catalog.into_iter().flat_map(|catalog| catalog.services.values()) {
             let id = &entry.service.id;
-            let namespace = id.namespace.to_lowercase();
-            if !is_reserved(&namespace) && !table.zones.contains(&namespace) {
+            let namespace = id.namespace.to_ascii_lowercase();
+            if !table.zones.contains(&namespace) && !is_reserved(&namespace) {
                 table.zones.insert(namespace);
             }
             let works = |vip: &&IpAddr| is_programmed(&frontend(id, **vip));
             let vips: Vec<IpAddr> = entry.vips.iter().filter(works).copied().collect();
             let name = format!("{}.{}", id.name, id.namespace);
-            if vips.is_empty() || dns_name("name", &name).is_err() || is_reserved(&name.to_lowercase()) {
+            if vips.is_empty() || dns_name("name", &name).is_err() {
                 continue;
             }
-            let service = table.service(name);
+            let Some(service) = table.service(name) else { continue };
             table.serve(service, &vips, (id.protocol, id.port.get()));
             aliases.extend(entry.service.aliases.iter().map(|alias| (service, &*id.namespace, &**alias)));
         }
@@ -140,15 +140,19 @@ impl Table {
         table
     }
 
-    /// The place of a service, whose ports come one after the other.
-    fn service(&mut self, name: String) -> usize {
+    /// The place of a service, whose ports come one after the other; none if it cannot have its name.
+    fn service(&mut self, name: String) -> Option<usize> {
+        let own = name.to_ascii_lowercase();
+        if is_reserved(&own) {
+            return None;
+        }
         let service = self.services.len();
         let known = Known { service, is_alias: false, losers: Vec::new() };
-        let known = self.names.entry(name.to_lowercase()).or_insert(known).service;
+        let known = self.names.entry(own).or_insert(known).service;
         if known == service {
             self.services.push(Service { name, addresses: Vec::new(), ports: Vec::new() });
         }
-        known
+        Some(known)
     }
 
     fn serve(&mut self, service: usize, vips: &[IpAddr], port: (Protocol, u16)) {
@@ -162,7 +166,7 @@ impl Table {
 
     /// Gives a service an alias that is free.
     fn claim(&mut self, alias: &str, service: usize) {
-        let alias = alias.to_lowercase();
+        let alias = alias.to_ascii_lowercase();
         if dns_name("alias", &alias).is_err() || is_reserved(&alias) {
             return;
         }
