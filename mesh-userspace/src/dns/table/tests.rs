@@ -23,8 +23,9 @@ pub(in crate::dns) fn catalog(services: &[Service]) -> Catalog {
     let dir = tempfile::TempDir::new().unwrap();
     let mut vips = Vips::open(dir.path(), rules::for_tests().vip_ranges).unwrap();
     let snapshot = Snapshot { services: services.to_vec(), complete: true, ..Snapshot::default() };
-    let catalog = Catalog::build(&[Some(Arc::new(snapshot))], &mut vips);
+    let mut catalog = Catalog::build(&[Some(Arc::new(snapshot))], &mut vips);
     assert_eq!(catalog.conflicts, [""; 0]);
+    catalog.delivered = true;
     catalog
 }
 
