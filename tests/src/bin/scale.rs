@@ -58,6 +58,10 @@ impl catalog::Node for Node {
         None
     }
 
+    fn is_adopted(&self, _: &abi::Frontend) -> bool {
+        false
+    }
+
     fn is_ejected(&self, _: &abi::Frontend, _: &Endpoint) -> bool {
         false
     }
@@ -106,8 +110,11 @@ fn table(services: u32, backends: u32, changes: u32) {
     let mut vips = Vips::open(state.path(), Vec::new()).expect("no VIPs yet");
     let mut written = Written::new(sizes);
     let before = anonymous();
-    let snapshot =
-        Snapshot { services: (0..services).map(|n| service(n, backends)).collect(), complete: true };
+    let snapshot = Snapshot {
+        services: (0..services).map(|n| service(n, backends)).collect(),
+        complete: true,
+        ..Snapshot::default()
+    };
     let snapshots = [Some(Arc::new(snapshot))];
 
     let mut times = BTreeMap::new();
