@@ -29,6 +29,11 @@ use crate::config::{Config, Dns, Upstream};
 
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 
+/// The stub of systemd-resolved, and where that lists the servers it asks itself. The stub is a task like
+/// any other: what it asks would come back here.
+const STUB: &str = "127.0.0.53:53";
+const BEHIND_STUB: &str = "/run/systemd/resolve/resolv.conf";
+
 /// How often that is read again: it may be a link to, or mounted from, what cannot be watched.
 const PERIOD: Duration = Duration::from_secs(5);
 
@@ -224,7 +229,7 @@ pub(super) async fn follow(core: &Core, mut config: watch::Receiver<Arc<Config>>
     let mut known = None;
     loop {
         let dns = config.borrow_and_update().dns.clone();
-        let wanted = wanted(&dns, Path::new(RESOLV_CONF));
+        let wanted = wanted(&dns, Path::new(RESOLV_CONF), Path::new(BEHIND_STUB));
         if known.as_ref() != Some(&wanted) {
             let (servers, problems) = wanted.clone();
             for problem in &problems {
@@ -262,10 +267,17 @@ async fn leave_circles(core: &Core, none: bool) {
 }
 
 /// The servers to ask, and what is wrong with others.
-fn wanted(dns: &Dns, resolv_conf: &Path) -> (Vec<SocketAddr>, Vec<String>) {
+fn wanted(dns: &Dns, resolv_conf: &Path, behind_stub: &Path) -> (Vec<SocketAddr>, Vec<String>) {
     if let Upstream::These(servers) = &dns.upstream {
         return (servers.clone(), Vec::new());
     }
+    let (servers, problems) = listed(dns, resolv_conf);
+    let is_stub = servers.iter().all(|server| server.to_string() == STUB) && !servers.is_empty();
+    if is_stub && behind_stub.exists() { listed(dns, behind_stub) } else { (servers, problems) }
+}
+
+/// Those that a file lists.
+fn listed(dns: &Dns, resolv_conf: &Path) -> (Vec<SocketAddr>, Vec<String>) {
     let path = resolv_conf.display();
     let text = match fs::read_to_string(resolv_conf) {
         Ok(text) => text,
@@ -308,8 +320,19 @@ mod tests {
     fn from_resolv_conf(text: &str) -> (Vec<String>, Vec<String>) {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), text).unwrap();
-        let (servers, problems) = wanted(&dns(Upstream::Auto), file.path());
+        let (servers, problems) = wanted(&dns(Upstream::Auto), file.path(), Path::new("/nowhere"));
         (servers.iter().map(ToString::to_string).collect(), problems)
+    }
+
+    #[test]
+    fn behind_the_stub_of_systemd_resolved_its_own_servers_are_asked() {
+        let (stub, behind) =
+            (tempfile::NamedTempFile::new().unwrap(), tempfile::NamedTempFile::new().unwrap());
+        fs::write(stub.path(), "nameserver 127.0.0.53\noptions edns0 trust-ad\n").unwrap();
+        fs::write(behind.path(), "nameserver 10.0.0.2\n").unwrap();
+        let servers = |behind: &Path| wanted(&dns(Upstream::Auto), stub.path(), behind).0;
+        assert_eq!(servers(behind.path()), ["10.0.0.2:53".parse().unwrap()]);
+        assert_eq!(servers(Path::new("/nowhere")), [STUB.parse().unwrap()]);
     }
 
     #[test]
@@ -323,7 +346,7 @@ mod tests {
         let (servers, problems) = from_resolv_conf("nameserver fe80::1%eth0\nnameserver 10.0.0.2\n");
         assert_eq!(servers, ["10.0.0.2:53"]);
         assert!(problems[0].contains("\"fe80::1%eth0\""), "{problems:?}");
-        let (_, problems) = wanted(&dns(Upstream::Auto), Path::new("/nowhere"));
+        let (_, problems) = wanted(&dns(Upstream::Auto), Path::new("/nowhere"), Path::new("/nowhere"));
         assert!(problems[0].contains("/nowhere"), "{problems:?}");
     }
 
