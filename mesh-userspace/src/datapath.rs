@@ -594,11 +594,20 @@ impl Record {
     }
 }
 
+/// A backend's count, and how many places hold it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Drift {
+    pub backend: u32,
+    pub count: u64,
+    pub held: u64,
+}
+
 /// The sockets that have a place in `SOCKETS`.
 pub struct Sockets {
     cookies: Words,
     connections: Words,
     load: Words,
+    backends: u32,
     settings: Words,
     services: u32,
     storage: MapData,
@@ -617,6 +626,7 @@ impl Sockets {
             cookies: words(&cookies, map::SOCKETS, PLACES)?,
             connections: words(&connections, map::CONNECTIONS, PLACES * CONNECTION_WORDS)?,
             load: words(&load, map::LOAD, backends)?,
+            backends,
             settings: words(&settings, map::SETTINGS, services * Settings::WORDS)?,
             services,
         })
@@ -650,6 +660,24 @@ impl Sockets {
     /// How many sockets are counted on a backend.
     pub fn load(&self, backend: u32) -> u64 {
         self.load.load(backend)
+    }
+
+    /// Backends whose count is not that of the places with sockets on them.
+    pub fn drifts(&self) -> Vec<Drift> {
+        let mut held = BTreeMap::<u64, u64>::new();
+        for place in self.taken() {
+            *held.entry(place.backend).or_default() += 1;
+        }
+        let drift = |backend: u32| {
+            let (count, held) = (self.load(backend), held.get(&backend.into()).copied().unwrap_or(0));
+            (count != held).then_some(Drift { backend, count, held })
+        };
+        (1..self.backends).filter_map(drift).collect()
+    }
+
+    /// Sets a count right, unless it has changed meanwhile.
+    pub fn recount(&self, backend: u32, count: u64, held: u64) -> bool {
+        self.load.replace(backend, count, held)
     }
 
     /// How long a service's sockets outlive their backends.

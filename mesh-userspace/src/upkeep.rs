@@ -17,6 +17,8 @@ use crate::{
     plan::{Applied, Endpoint},
 };
 
+mod counts;
+
 /// How long until sockets are looked at again that were to be closed, or that do not fit.
 const PERIOD: Duration = Duration::from_secs(1);
 /// When it is tried again to close what could not be.
@@ -93,6 +95,7 @@ impl Upkeep {
         loop {
             if audit <= Instant::now() {
                 let result = self.audit();
+                let result = result.and_then(|()| self.recount());
                 self.report("cannot compare the counts with the sockets", result);
                 audit = Instant::now() + if self.suspects.is_empty() { AUDIT } else { PERIOD };
             }

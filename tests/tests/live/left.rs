@@ -1,5 +1,7 @@
 //! Sockets left behind on backends that are gone.
 
+use std::process::Command;
+
 use mesh_tests::{
     Dialogue, Mesh, datagram_service,
     netns::{Host, Network},
@@ -240,6 +242,38 @@ fn sockets_that_have_no_place_are_closed_too_also_after_a_restart() {
     mesh.ready();
     wait_until("one more is closed", || states(&mut client) == "closed closed open");
     assert!(client.end().success());
+}
+
+#[test]
+fn a_count_that_does_not_fit_the_sockets_is_set_right() {
+    let servers = [Server::keeping(), Server::keeping()];
+    let text = draining(&[("1h", Some(servers[0].port())), ("1h", Some(servers[1].port()))]);
+    let mut mesh = Mesh::start(&text);
+    let mut tcp = sockets_at(&mesh, TCP, &[80, 81]);
+    let mut mptcp = sockets_at(&mesh, MPTCP, &[80]);
+    let active = |mesh: &Mesh| -> Vec<u64> {
+        let list = mesh.json(&["backend", "list"]);
+        list.as_array().unwrap().iter().map(|b| b["connections"]["active"].as_u64().unwrap()).collect()
+    };
+    assert_eq!(active(&mesh), [2, 1]);
+    // As if a daemon had ended between two of its writes.
+    let ids: Vec<_> =
+        mesh.json(&["backend", "list"]).as_array().unwrap().iter().map(|b| b["id"].clone()).collect();
+    mesh.kill();
+    for (id, wrong) in ids.iter().zip([7u64, u64::MAX]) {
+        let key = u32::try_from(id.as_u64().unwrap()).unwrap().to_ne_bytes();
+        let bytes = |bytes: &[u8]| bytes.iter().map(u8::to_string).collect::<Vec<_>>();
+        let mut update = Command::new("bpftool");
+        update.args(["map", "update", "pinned"]).arg(mesh.map_pin("LOAD")).arg("key").args(bytes(&key));
+        let update = update.arg("value").args(bytes(&wrong.to_ne_bytes())).output().unwrap();
+        assert!(update.status.success(), "{}", mesh_tests::text(&update));
+    }
+    mesh.launch();
+    mesh.ready();
+    wait_until("the counts are those of the sockets", || active(&mesh) == [2, 1]);
+    assert_eq!((states(&mut tcp), states(&mut mptcp)), ("open open".into(), "open".into()));
+    assert!(tcp.end().success() && mptcp.end().success());
+    wait_until("nothing is counted", || active(&mesh) == [0, 0]);
 }
 
 #[test]
