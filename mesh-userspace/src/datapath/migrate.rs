@@ -5,7 +5,7 @@
 //! packing of words may be others. What is read here means the same in every layout: `FRONTENDS`,
 //! `SOCKETS`, the first words of `CONNECTIONS`, and, where their entries have our sizes, `BACKENDS`,
 //! `HEALTH` and `AFFINITY`. A map whose entries get another meaning gets another name. `ORIGIN` and
-//! `PEERS`, the storage of sockets, cannot be listed: what only they have is left behind.
+//! `PEERS`, the storage of sockets, cannot be written from outside: what only they have is left behind.
 
 use std::{collections::BTreeMap, path::Path};
 
