@@ -87,8 +87,6 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
     let socket = api::bind(&config.api.socket)?;
     let web = web::bind(config.web.listen).await?;
     let listen = config.dns.listen.clone();
-    let listeners = listen.iter().map(|address| dns::Listener::bind(*address));
-    let listeners = listeners.collect::<anyhow::Result<_>>()?;
 
     let pins = datapath.pins().clone();
     let (leaving, left) = mpsc::channel();
@@ -131,8 +129,13 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
     let (stopped, stop) = io::pipe()?;
     let namespaces = std::thread::spawn(move || namespaces.run(&stopped));
     let mut merge = tokio::spawn(merge(registries.subscribe(), vips, catalog_sender));
-    let names =
-        dns::run(view.dns.clone(), listeners, config.subscribe(), view.report.clone(), view.applied.clone());
+    let names = dns::run(
+        view.dns.clone(),
+        view.listen.clone(),
+        config.subscribe(),
+        view.report.clone(),
+        view.applied.clone(),
+    );
     let mut names = tokio::spawn(names);
     let mut api = tokio::spawn(api::serve(socket, view.clone()));
     let mut web = tokio::spawn(web::serve(web, view.clone()));

@@ -7,8 +7,10 @@
 //! ```
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
-    sync::{Arc, RwLock},
+    sync::{Arc, Mutex, RwLock},
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -36,12 +38,17 @@ const TTL: u32 = 5;
 /// The same for "there is no such name": not at all, so that a new service has its name at once.
 const NEGATIVE_TTL: u32 = 0;
 
+/// How often it is tried again to listen at an address that somebody else has.
+const RETRY: Duration = Duration::from_secs(1);
+
 /// What answers, whichever socket a question came from.
 pub struct Core {
     table: ArcSwap<Table>,
     forwarder: ArcSwap<Forwarder>,
     limits: Limits,
     pub metrics: Metrics,
+    /// Addresses that are not listened at, and why.
+    deaf: Mutex<BTreeMap<SocketAddr, String>>,
 }
 
 impl Default for Core {
@@ -51,6 +58,7 @@ impl Default for Core {
             forwarder: ArcSwap::from_pointee(Forwarder::nobody(false)),
             limits: Limits::default(),
             metrics: Metrics::default(),
+            deaf: Mutex::default(),
         }
     }
 }
@@ -61,22 +69,48 @@ impl Core {
         self.forwarder.load().servers.clone()
     }
 
-    /// What is wrong with those that are not.
+    /// What is wrong with those that are not, and with addresses that are not listened at.
     pub fn problems(&self) -> Vec<String> {
-        self.forwarder.load().problems.clone()
+        let deaf = self.deaf.lock().expect("nobody panics holding it").values().cloned().collect();
+        [self.forwarder.load().problems.clone(), deaf].concat()
+    }
+
+    /// Answers at an address of the host, as soon as nobody else has it: connects do not depend on it.
+    async fn listen(self: Arc<Self>, address: SocketAddr) {
+        let deaf = |why| {
+            let mut deaf = self.deaf.lock().expect("nobody panics holding it");
+            match why {
+                Some(why) => deaf.insert(address, why),
+                None => deaf.remove(&address),
+            }
+        };
+        let listener = loop {
+            match Listener::bind(address) {
+                Ok(listener) => break listener,
+                Err(error) => {
+                    let why = format!("{error:#}");
+                    if deaf(Some(why.clone())).is_none() {
+                        tracing::error!("{why}");
+                    }
+                }
+            }
+            tokio::time::sleep(RETRY).await;
+        };
+        deaf(None);
+        listener.serve(self.clone()).await;
     }
 }
 
 /// Serves names until the daemon ends.
 pub async fn run(
     core: Arc<Core>,
-    listeners: Vec<Listener>,
+    listen: Vec<SocketAddr>,
     config: watch::Receiver<Arc<Config>>,
     report: watch::Receiver<Report>,
     applied: Arc<RwLock<Applied>>,
 ) {
     let listen = async {
-        let serving = listeners.into_iter().map(|listener| listener.serve(core.clone()));
+        let serving = listen.into_iter().map(|address| core.clone().listen(address));
         serving.collect::<JoinSet<()>>().join_all().await;
     };
     // In this order, so that what the first question needs is there.

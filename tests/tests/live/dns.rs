@@ -316,15 +316,21 @@ fn what_is_not_in_the_maps_has_no_name_and_what_is_not_known_yet_is_not_denied()
 }
 
 #[test]
-fn an_address_that_is_taken_is_named_and_the_daemon_does_not_start() {
-    let mut names = Names::prepare("service = []", &[]);
-    let _taken = UdpSocket::bind((names.address, 53)).unwrap();
+fn an_address_that_is_taken_is_named_and_listened_at_once_it_is_free() {
+    let server = Server::start("echo");
+    let mut names = Names::prepare(&echo(&server), &[]);
+    let taken = UdpSocket::bind((names.address, 53)).unwrap();
     names.mesh.launch();
     let expected = format!("cannot listen on dns.listen {}:53 (UDP)", names.address);
     wait_until("the error", || names.mesh.log().contains(&expected));
     let config = names.mesh.config.to_str().unwrap();
     let check = names.mesh.mesh(&["check", "--pre", "--config", config]).output().unwrap();
     assert!(text(&check).contains(&format!("dns.listen {}:53", names.address)), "{}", text(&check));
+    names.mesh.ready();
+    assert!(names.mesh.json(&["status"])["problems"].to_string().contains(&expected));
+    drop(taken);
+    wait_until("it answers", || names.short(&["short"]) == VIP);
+    assert!(!names.mesh.json(&["status"])["problems"].to_string().contains(&expected));
 }
 
 #[test]
