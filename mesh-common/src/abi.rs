@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// The layout's version.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// The most `[vip] ranges` a node can have: the kernel checks each before any look-up.
 pub const MAX_VIP_RANGES: usize = 8;
@@ -485,6 +485,10 @@ impl NameServer {
 /// How many network namespaces the daemon listens in at most, twice: once for each family.
 pub const MAX_NAMESERVERS: usize = 8192;
 
+/// How many cgroups `EXCLUDED` can hold. Its keys are their ids; queries from there, and from below, go
+/// where they are sent.
+pub const MAX_EXCLUDED: usize = 1024;
+
 /// Entry of `SIGHTS`: a first query from a network namespace that the daemon does not listen in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
@@ -556,7 +560,8 @@ pub mod map {
     pub const STATS: &str = "STATS";
     pub const NAMESERVERS: &str = "NAMESERVERS";
     pub const SIGHTS: &str = "SIGHTS";
-    pub const ALL: [&str; 17] = [
+    pub const EXCLUDED: &str = "EXCLUDED";
+    pub const ALL: [&str; 18] = [
         FRONTENDS,
         SERVICES,
         SETTINGS,
@@ -574,6 +579,7 @@ pub mod map {
         STATS,
         NAMESERVERS,
         SIGHTS,
+        EXCLUDED,
     ];
 }
 

@@ -6,7 +6,7 @@ use core::{
 };
 
 use aya_ebpf::{
-    bindings::bpf_sock_addr,
+    bindings::{bpf_sock, bpf_sock_addr},
     helpers::generated::{
         bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval, bpf_skc_to_mptcp_sock,
     },
@@ -98,6 +98,12 @@ impl<const V4: bool> Hook<V4> {
     pub(crate) fn namespace(&self) -> u64 {
         // SAFETY: a plain helper call on the hook's own context (Linux 5.7).
         unsafe { bpf_get_netns_cookie(self.context()) }
+    }
+
+    /// The device that the socket is bound to; zero for none.
+    #[inline(always)]
+    pub(crate) fn device(&self) -> u32 {
+        read!(self.socket().cast::<bpf_sock>(), bound_dev_if)
     }
 
     /// For helpers.

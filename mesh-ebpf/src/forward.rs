@@ -118,6 +118,10 @@ fn keep<const V4: bool>(hook: &Hook<V4>, origin: Origin) -> bool {
         Some(connection) if connection.held == 0 && connection.origin.is_of(&origin) => {
             connection.origin = origin;
         }
+        // All name servers are the same listener: its answer is from the one that was asked last.
+        Some(connection) if connection.held == 0 && connection.origin.service == 0 && origin.service == 0 => {
+            connection.origin = origin;
+        }
         Some(_) => {
             let Some(peers) = hook.peers_mut() else { return false };
             store(peers, origin);

@@ -17,8 +17,9 @@ use aya_ebpf::{
 };
 use mesh_common::{
     abi::{
-        AffinityWord, Backend, Client, Connection, Cookies, Frontend, MAX_NAMESERVERS, MAX_VIP_RANGES,
-        NameServer, Namespace, Peers, SETS, ServiceWord, Settings, Sight, SlotWord, VipRanges, WAYS,
+        AffinityWord, Backend, Client, Connection, Cookies, Frontend, MAX_EXCLUDED, MAX_NAMESERVERS,
+        MAX_VIP_RANGES, NameServer, Namespace, Peers, SETS, ServiceWord, Settings, Sight, SlotWord,
+        VipRanges, WAYS,
     },
     address::{Address, Prefix},
     health::HealthWord,
@@ -63,6 +64,8 @@ static NAMESERVERS: HashMap<Namespace, NameServer, MAX_NAMESERVERS, { BPF_F_NO_P
     HashMap::new();
 #[btf_map]
 static SIGHTS: RingBuf<Sight, 4096> = RingBuf::new();
+#[btf_map]
+static EXCLUDED: HashMap<u64, u64, MAX_EXCLUDED, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
 
 #[unsafe(no_mangle)]
 static VIP_RANGES: Global<VipRanges> = Global::new([Prefix::NONE; MAX_VIP_RANGES]);
@@ -255,6 +258,13 @@ pub(crate) fn take_turn(service: u32) -> u64 {
 pub(crate) fn name_server(namespace: &Namespace) -> Option<&'static NameServer> {
     // SAFETY: entries are replaced whole, and an old one is not used again before the program ends.
     unsafe { NAMESERVERS.get(namespace) }
+}
+
+/// Whether queries from this cgroup go where they are sent.
+#[inline(always)]
+pub(crate) fn is_excluded(cgroup: u64) -> bool {
+    // SAFETY: the value is not read.
+    unsafe { EXCLUDED.get(&cgroup) }.is_some()
 }
 
 /// Notes a namespace that the daemon does not listen in; true the first time.

@@ -5,7 +5,10 @@ use core::ffi::c_void;
 
 use aya_ebpf::{
     bindings::bpf_sock_tuple,
-    helpers::generated::{bpf_get_current_pid_tgid, bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release},
+    helpers::generated::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_pid_tgid, bpf_sk_lookup_tcp, bpf_sk_lookup_udp,
+        bpf_sk_release,
+    },
 };
 use mesh_common::abi::{IPPROTO_TCP, NameServer, Namespace, Origin, Port, Sight};
 
@@ -15,6 +18,12 @@ const PORT: Port = Port::new(53);
 
 /// For the socket look-ups: in the namespace of the socket that calls.
 const CURRENT_NETNS: u64 = u64::MAX;
+
+/// `LOOPBACK_IFINDEX` of linux/net/flow.h: the same in every network namespace.
+const LOOPBACK: u32 = 1;
+
+/// How deep below the root of the hierarchy a cgroup may be excluded.
+const DEPTH: i32 = 32;
 
 /// What a query that the daemon gets is to be taken for.
 #[inline(always)]
@@ -31,8 +40,10 @@ pub(crate) fn redirected<const V4: bool>(hook: &Hook<V4>) -> Option<Origin> {
         return None;
     };
     // The daemon asks the name servers that it was told.
-    let is_ours = server.port == Port::default() || server.address == asked || server.process == process();
-    if is_ours || !is_open(hook, server) {
+    let is_exempt = server.port == Port::default() || server.process == process() || is_excluded();
+    // Nothing on the loopback device is reached through another one.
+    let is_elsewhere = !matches!(hook.device(), 0 | LOOPBACK);
+    if is_exempt || is_elsewhere || !is_open(hook, server) {
         return None;
     }
     Some(Origin {
@@ -43,6 +54,23 @@ pub(crate) fn redirected<const V4: bool>(hook: &Hook<V4>) -> Option<Origin> {
         service: 0,
         backend: 0,
     })
+}
+
+/// Whether the task is in a cgroup whose queries go where they are sent, or below one.
+#[inline(always)]
+fn is_excluded() -> bool {
+    // Nobody excludes the root.
+    for level in 1..DEPTH {
+        // SAFETY: a plain helper call; zero below the task's own cgroup.
+        let cgroup = unsafe { bpf_get_current_ancestor_cgroup_id(level) };
+        if cgroup == 0 {
+            return false;
+        }
+        if maps::is_excluded(cgroup) {
+            return true;
+        }
+    }
+    false
 }
 
 /// Whether the daemon listens there: its sockets end with it, whatever it dies of.

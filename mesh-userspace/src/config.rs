@@ -347,7 +347,7 @@ impl Config {
             ("api", self.api != other.api),
             ("web", self.web != other.web),
             ("vip", self.rules.vip_ranges != other.rules.vip_ranges),
-            ("dns", (&self.dns.listen, self.dns.intercept) != (&other.dns.listen, other.dns.intercept)),
+            ("dns", self.dns.at_start() != other.dns.at_start()),
             ("datapath", self.datapath != other.datapath),
         ];
         keys.into_iter().filter(|(_, differs)| *differs).map(|(key, _)| key).collect()
@@ -385,6 +385,7 @@ allow_loopback = false
 listen    = ["127.64.0.53:53"]
 suffixes  = ["service.local"]
 intercept = true
+exclude   = []
 upstream  = "auto"
 [datapath]
 max_services = 16384
@@ -423,6 +424,11 @@ path = "/etc/mesh/services.d"
                 "[dns]\nupstream = [\"127.64.0.53\"]",
                 "mesh.toml:2: dns.upstream: 127.64.0.53:53 is in dns.listen",
             ),
+            (
+                "[dns]\nexclude = [\"/a/../b\"]",
+                "mesh.toml:2: dns.exclude: \"/a/../b\" is not the path of a cgroup",
+            ),
+            ("[dns]\nexclude = [\"a\", \"/\"]", "mesh.toml:2: dns.exclude: \"/\" would be all"),
             ("[dns]\ncolour = 1", "mesh.toml:2: unknown field `colour`"),
             (
                 "\n[vip]\nranges = [\"127.255.1.0/24\"]",

@@ -25,7 +25,7 @@ use crate::{
     api,
     catalog::{Catalog, vip::Vips},
     config::{self, Config, Registry},
-    datapath::{self, Datapath, Pins},
+    datapath::{self, Datapath, NameServers, Pins},
     dns,
     namespaces::{Names, Namespaces},
     netns::{self, routes},
@@ -93,7 +93,7 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
     let reconciler = Reconciler::new(datapath, config.node.zone.clone(), leaving)?;
     let upkeep = Upkeep::new(&pins, cgroup.clone(), reconciler.applied())?;
     let core = Arc::<dns::Core>::default();
-    let names = intercept(&config, &pins, &core)?;
+    let names = intercept(&config, &pins, &cgroup, &core)?;
     let namespaces = Namespaces::new(&pins, cgroup.clone(), config.rules.vip_ranges.clone(), names);
     let socket_path = config.api.socket.clone();
     let state_dir = config.node.state_dir.clone();
@@ -177,15 +177,23 @@ fn check_ranges(ranges: &[IpNet]) -> anyhow::Result<()> {
 }
 
 /// What answers tasks' queries, whichever name server they ask.
-fn intercept(config: &Config, pins: &Pins, core: &Arc<dns::Core>) -> anyhow::Result<Option<Names>> {
+fn intercept(
+    config: &Config,
+    pins: &Pins,
+    cgroup: &Path,
+    core: &Arc<dns::Core>,
+) -> anyhow::Result<Option<Names>> {
     if !config.dns.intercept {
+        // Somebody else may listen by now where an earlier daemon did.
+        NameServers::open(pins)?.retain(|_| false)?;
         return Ok(None);
     }
     if !netns::is_host_pid_namespace()? {
         tracing::warn!("dns.intercept needs the host's PID namespace: tasks' queries go where they are sent");
         return Ok(None);
     }
-    Ok(Some(Names::new(pins, core.clone(), Handle::current())?))
+    let exclude = config.dns.exclude.iter().map(|path| cgroup.join(path)).collect();
+    Ok(Some(Names::new(pins, exclude, core.clone(), Handle::current())?))
 }
 
 /// Clients and name servers may need more files than a process has at first.

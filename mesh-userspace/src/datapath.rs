@@ -34,7 +34,7 @@ use mesh_common::{
 };
 
 pub use aya::programs::ProgramInfo;
-pub use nameservers::{NameServers, Sights};
+pub use nameservers::{Excluded, NameServers, Sights};
 
 use crate::{
     model::DRAIN,

@@ -92,7 +92,7 @@ impl Namespaces {
                 self.look_at_names();
             }
             if is_asked && let Some(names) = &mut self.names {
-                let result = names.answer_sights();
+                let result = names.answer_sights(self.priority);
                 self.report("cannot listen for queries in a network namespace", result);
             }
         }
@@ -100,6 +100,10 @@ impl Namespaces {
 
     /// The namespaces of new threads, and now and then all.
     fn look(&mut self) {
+        if let Some(names) = &mut self.names {
+            let result = names.exclude();
+            self.report("cannot let the queries of dns.exclude go where they are sent", result);
+        }
         let full = self.looks.is_multiple_of(FULL_LOOK);
         self.looks = self.looks.wrapping_add(1);
         if full {
@@ -137,7 +141,7 @@ impl Namespaces {
     fn listen(&mut self, namespaces: &[NetNs]) {
         for namespace in namespaces {
             if let Some(names) = &mut self.names {
-                let result = names.listen(namespace);
+                let result = names.listen(namespace, self.priority);
                 self.report("cannot listen for queries in a network namespace", result);
             }
         }

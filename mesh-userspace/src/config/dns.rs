@@ -1,8 +1,12 @@
 //! The `[dns]` table.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::{Component, Path, PathBuf},
+};
 
 use ipnet::IpNet;
+use mesh_common::abi::MAX_EXCLUDED;
 use serde::Deserialize;
 
 use crate::registry::rules;
@@ -15,6 +19,8 @@ pub struct Dns {
     pub suffixes: Vec<String>,
     /// Whether tasks' queries come here, whichever name server they ask.
     pub intercept: bool,
+    /// Below the managed cgroup: these, with everything below them, ask whom they ask.
+    pub exclude: Vec<PathBuf>,
     pub upstream: Upstream,
 }
 
@@ -27,12 +33,20 @@ pub enum Upstream {
     These(Vec<SocketAddr>),
 }
 
+impl Dns {
+    /// What is only read at start.
+    pub(super) fn at_start(&self) -> (&[SocketAddr], bool, &[PathBuf]) {
+        (&self.listen, self.intercept, &self.exclude)
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Raw {
     listen: Vec<toml::Spanned<String>>,
     suffixes: Vec<toml::Spanned<String>>,
     intercept: bool,
+    exclude: Vec<toml::Spanned<String>>,
     upstream: toml::Spanned<RawUpstream>,
 }
 
@@ -50,6 +64,7 @@ impl Default for Raw {
             listen: vec![spanned("127.64.0.53:53")],
             suffixes: vec![spanned("service.local")],
             intercept: true,
+            exclude: Vec::new(),
             upstream: toml::Spanned::new(0..0, RawUpstream::Word("auto".into())),
         }
     }
@@ -90,6 +105,21 @@ impl Raw {
                 .map_err(|why| (text.span().start, format!("dns.suffixes: {why}")))?;
             suffixes.push(suffix);
         }
+        let mut exclude = Vec::new();
+        for text in &self.exclude {
+            let fail = |why: &str| (text.span().start, format!("dns.exclude: {:?} {why}", text.get_ref()));
+            let path = Path::new(text.get_ref().trim_start_matches('/'));
+            if path.as_os_str().is_empty() {
+                return Err(fail("would be all; dns.intercept = false says that"));
+            }
+            if !path.components().all(|part| matches!(part, Component::Normal(_))) {
+                return Err(fail("is not the path of a cgroup below node.cgroup"));
+            }
+            if exclude.len() == MAX_EXCLUDED {
+                return Err(fail("is one too many"));
+            }
+            exclude.push(path.to_owned());
+        }
         let fail = |why: String| (self.upstream.span().start, format!("dns.upstream: {why}"));
         let upstream = match self.upstream.get_ref() {
             RawUpstream::Word(word) if word == "auto" => Upstream::Auto,
@@ -111,6 +141,6 @@ impl Raw {
                 Upstream::These(these)
             }
         };
-        Ok(Dns { listen, suffixes, intercept: self.intercept, upstream })
+        Ok(Dns { listen, suffixes, intercept: self.intercept, exclude, upstream })
     }
 }

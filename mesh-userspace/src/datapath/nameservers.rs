@@ -2,6 +2,7 @@
 //! listen in yet.
 
 use std::{
+    collections::BTreeSet,
     io,
     os::fd::{AsFd, BorrowedFd},
 };
@@ -44,6 +45,28 @@ fn is_gone(error: &aya::maps::MapError) -> bool {
         MapError::KeyNotFound => true,
         MapError::SyscallError(error) => error.io_error.kind() == io::ErrorKind::NotFound,
         _ => false,
+    }
+}
+
+/// The cgroups whose queries go where they are sent.
+pub struct Excluded(HashMap<MapData, u64, u64>);
+
+impl Excluded {
+    pub fn open(pins: &Pins) -> Result<Self> {
+        let data = pinned(&pins.maps(), map::EXCLUDED, size_of::<u64>(), size_of::<u64>())?;
+        Ok(Self(HashMap::try_from(Map::HashMap(data)).map_err(map_error(map::EXCLUDED))?))
+    }
+
+    /// These and no others, by their ids.
+    pub fn set(&mut self, cgroups: &BTreeSet<u64>) -> Result<()> {
+        let known: BTreeSet<_> = self.0.keys().flatten().collect();
+        for cgroup in cgroups.difference(&known) {
+            self.0.insert(cgroup, 0, 0).map_err(map_error(map::EXCLUDED))?;
+        }
+        for cgroup in known.difference(cgroups) {
+            self.0.remove(cgroup).map_err(map_error(map::EXCLUDED))?;
+        }
+        Ok(())
     }
 }
 

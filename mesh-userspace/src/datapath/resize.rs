@@ -21,8 +21,16 @@ use super::{
 use crate::plan::applied::Sizes;
 
 /// Maps that both sets share.
-const SHARED: [&str; 7] =
-    [map::SOCKETS, map::CONNECTIONS, map::ORIGIN, map::PEERS, map::STATS, map::NAMESERVERS, map::SIGHTS];
+const SHARED: [&str; 8] = [
+    map::SOCKETS,
+    map::CONNECTIONS,
+    map::ORIGIN,
+    map::PEERS,
+    map::STATS,
+    map::NAMESERVERS,
+    map::SIGHTS,
+    map::EXCLUDED,
+];
 
 /// Ends what an earlier start was cut short in.
 pub(super) fn settle(options: &Options, pins: &Pins, lock: &File) -> Result<()> {

@@ -313,6 +313,7 @@ mod tests {
             listen: vec!["127.64.0.53:53".parse().unwrap()],
             suffixes: Vec::new(),
             intercept: true,
+            exclude: Vec::new(),
             upstream,
         }
     }

@@ -2,9 +2,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    io,
+    fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::PathBuf,
     sync::Arc,
 };
 
@@ -16,9 +20,9 @@ use rustix::{
 use tokio::{runtime::Handle, task::AbortHandle};
 
 use crate::{
-    datapath::{self, NameServers, Pins, Sights, sys},
+    datapath::{self, Excluded, NameServers, Pins, Sights, sys},
     dns,
-    netns::NetNs,
+    netns::{NetNs, routes},
 };
 
 /// Where tasks of the same namespace reach the daemon. Only the hooks know; the address is not one
@@ -36,6 +40,9 @@ const BACKLOG: i32 = 1024;
 pub struct Names {
     servers: NameServers,
     sights: Sights,
+    excluded: Excluded,
+    /// Cgroups, each with everything below it, whose queries go where they are sent.
+    exclude: Vec<PathBuf>,
     core: Arc<dns::Core>,
     runtime: Handle,
     open: BTreeMap<u64, Open>,
@@ -58,20 +65,34 @@ type Pair = (UdpSocket, TcpListener);
 
 impl Names {
     /// Nothing is known yet of any namespace.
-    pub fn new(pins: &Pins, core: Arc<dns::Core>, runtime: Handle) -> datapath::Result<Self> {
+    pub fn new(
+        pins: &Pins,
+        exclude: Vec<PathBuf>,
+        core: Arc<dns::Core>,
+        runtime: Handle,
+    ) -> datapath::Result<Self> {
         let mut servers = NameServers::open(pins)?;
         // What an earlier daemon left, and what it was told of.
         servers.retain(|_| false)?;
-        Ok(Self { servers, sights: Sights::open(pins)?, core, runtime, open: BTreeMap::new() })
+        let (sights, excluded) = (Sights::open(pins)?, Excluded::open(pins)?);
+        Ok(Self { servers, sights, excluded, exclude, core, runtime, open: BTreeMap::new() })
     }
 
-    /// Listens in a namespace, unless it does so already.
-    pub(super) fn listen(&mut self, namespace: &NetNs) -> io::Result<()> {
+    /// Excludes those that are there now: one that was made again has another id.
+    pub(super) fn exclude(&mut self) -> io::Result<()> {
+        // The number of its directory is a cgroup's id.
+        let ids = self.exclude.iter().filter_map(|cgroup| fs::metadata(cgroup).ok()).map(|meta| meta.ino());
+        self.excluded.set(&ids.collect()).map_err(io::Error::other)
+    }
+
+    /// Listens in a namespace, unless it does so already. The priority is that of the daemon's routes.
+    pub(super) fn listen(&mut self, namespace: &NetNs, priority: u32) -> io::Result<()> {
         if self.open.contains_key(&namespace.inode) {
             return Ok(());
         }
         let (cookie, pairs) = namespace.run(|| {
             let mut pairs = Vec::new();
+            routes::make_local_table(priority)?;
             for address in ADDRESSES {
                 pairs.extend(pair(address)?);
             }
@@ -94,11 +115,11 @@ impl Names {
     }
 
     /// Listens where queries were seen.
-    pub(super) fn answer_sights(&mut self) -> io::Result<()> {
+    pub(super) fn answer_sights(&mut self, priority: u32) -> io::Result<()> {
         let mut result = Ok(());
         for sight in self.sights.take() {
             match NetNs::of_process(sight.process) {
-                Ok(Some(namespace)) => result = result.and(self.listen(&namespace)),
+                Ok(Some(namespace)) => result = result.and(self.listen(&namespace, priority)),
                 Ok(None) => {}
                 Err(error) => result = result.and(Err(error)),
             }

@@ -1,7 +1,10 @@
 //! Routes that refuse the VIP ranges: what no hook translates must not leave the node, nor reach
 //! who listens on all addresses.
 
-use std::{fmt, io, net::IpAddr};
+use std::{
+    fmt, io,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use ipnet::IpNet;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
@@ -40,6 +43,19 @@ pub fn refuse(ranges: &[IpNet], priority: u32) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Makes sure that the namespace of the calling thread has a table of local addresses. It has none before
+/// anything is up in it; and a socket that is bound to an IPv4 address then would send from another one
+/// for good (`inet_bind` in net/ipv4/af_inet.c: without a table, every address is a broadcast's).
+pub fn make_local_table(priority: u32) -> io::Result<()> {
+    /// RFC 5737: nobody has this address.
+    const NOWHERE: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 0));
+    let netlink = Netlink::open(NETLINK_ROUTE)?;
+    let route = route(&NOWHERE.into(), priority);
+    // The table stays when its last route goes.
+    netlink.ask(RouteNetlinkMessage::NewRoute(route.clone()), NLM_F_CREATE)?;
+    netlink.ask(RouteNetlinkMessage::DelRoute(route), 0)
 }
 
 /// A network that the node has a route to, and that a VIP range takes addresses from.
