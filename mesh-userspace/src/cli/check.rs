@@ -25,6 +25,8 @@ use crate::{
     registry::{self, Sync},
 };
 
+mod names;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(super) enum Format {
     Text,
@@ -80,6 +82,7 @@ pub(super) fn run(
             ports(&config, running.is_ok(), &mut findings);
             ranges(&config, &mut findings);
             registries(&config, &mut findings);
+            findings.extend(names::check(&config.dns));
             if !pre {
                 daemon(running, &mut findings);
             }
