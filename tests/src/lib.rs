@@ -53,6 +53,28 @@ pub fn figure(text: &str) {
     println!("figure: {text}");
 }
 
+/// The page in `docs` holds this table; it is put there when that is asked for.
+pub fn documents(page: &str, table: &str) {
+    /// What stands around the table in a page.
+    const MARKS: [&str; 2] = ["<!-- table -->\n", "<!-- end of table -->\n"];
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs").join(page);
+    let text = fs::read_to_string(&path).unwrap();
+    let [begin, end] = MARKS;
+    let (before, rest) = text.split_once(begin).expect("the page has a table");
+    let (held, after) = rest.split_once(end).expect("the table ends");
+    if std::env::var_os("MESH_UPDATE_DOCS").is_some() {
+        fs::write(path, [before, begin, table, end, after].concat()).unwrap();
+    } else {
+        assert_eq!(held, table, "docs/{page} is not what was seen; MESH_UPDATE_DOCS=1 writes it");
+    }
+}
+
+/// Runs a command that must work.
+pub fn done(command: &mut Command) {
+    let output = command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(output.status.success(), "{command:?}: {}", text(&output));
+}
+
 /// Nanoseconds on the clock that all processes share.
 pub fn now() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);

@@ -10,10 +10,11 @@ pub struct Network {
     hosts: Cell<u8>,
 }
 
-/// A machine, or a pod: a namespace with one address.
+/// A machine, or a pod: a namespace with one address of each family.
 pub struct Host {
     namespace: Namespace,
     pub address: String,
+    pub address6: String,
 }
 
 /// A network namespace with a name.
@@ -27,19 +28,27 @@ impl Network {
         Self { switch, hosts: Cell::new(0) }
     }
 
-    /// One more host: `10.213.0.1`, then `10.213.0.2` and so on. An address is not used again.
+    /// One more host: `10.213.0.1` and `fd00:213::1`, then `10.213.0.2` and so on. An address is not
+    /// used again.
     pub fn host(&self) -> Host {
         let number = self.hosts.get() + 1;
         self.hosts.set(number);
-        let host = Host { namespace: Namespace::new("host"), address: format!("10.213.0.{number}") };
+        let (address, address6) = (format!("10.213.0.{number}"), format!("fd00:213::{number}"));
+        let host = Host { namespace: Namespace::new("host"), address, address6 };
         let (name, switch, port) = (&host.namespace.0, &self.switch.0, format!("p{number}"));
         let cable = ["link", "add", "v0", "netns", name, "type", "veth", "peer", "name", &port];
         ip(&[&cable[..], &["netns", switch]].concat());
         ip(&["-n", switch, "link", "set", &port, "master", "sw0", "up"]);
         ip(&["-n", name, "address", "add", &format!("{}/24", host.address), "dev", "v0"]);
+        ip(&["-n", name, "address", "add", &format!("{}/64", host.address6), "dev", "v0", "nodad"]);
         ip(&["-n", name, "link", "set", "v0", "up"]);
         ip(&["-n", name, "link", "set", "lo", "up"]);
         host
+    }
+
+    /// How many cables are plugged in: a host's is gone once nothing holds its namespace.
+    pub fn cables(&self) -> usize {
+        ip(&["-n", &self.switch.0, "-oneline", "link", "show", "master", "sw0"]).lines().count()
     }
 }
 
@@ -91,7 +100,8 @@ impl Drop for Namespace {
     }
 }
 
-fn ip(args: &[&str]) {
+fn ip(args: &[&str]) -> String {
     let output = Command::new("ip").args(args).output().unwrap();
     assert!(output.status.success(), "ip {}: {}", args.join(" "), text(&output));
+    text(&output)
 }

@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::Write,
-    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{SocketAddr, TcpListener, UdpSocket},
     process::{Child, Command, Stdio},
     sync::{
         Arc,
@@ -114,7 +114,7 @@ sys.stdin.readline()
     server
 }
 
-/// A real name server, dnsmasq.
+/// A real name server, dnsmasq, until the test ends.
 pub struct Dns {
     pub port: u16,
     dnsmasq: Child,
@@ -128,29 +128,47 @@ impl Dns {
         Self::with(&[&format!("--address=/{name}/{address}"), &format!("--local=/{name}/")])
     }
 
-    /// It knows what these options say.
+    /// It knows what these options say, on a port of 127.0.0.1.
     pub fn with(options: &[&str]) -> Self {
         Self::at(&free_address(), options)
     }
 
-    /// At a loopback address and port.
+    /// The same at a loopback address and port.
     pub fn at(listen: &str, options: &[&str]) -> Self {
         let (address, port) = listen.rsplit_once(':').unwrap();
         let mut dnsmasq = Command::new("dnsmasq");
-        dnsmasq.args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts"]);
-        dnsmasq.args(["--user=root", "--pid-file", "--bind-interfaces", "--listen-address", address]);
+        dnsmasq.args(["--bind-interfaces", "--listen-address", address]).args(options);
+        Self::run(dnsmasq, port.parse().unwrap())
+    }
+
+    /// The same on port 53 of a host's addresses.
+    pub fn on(host: &Host, options: &[&str]) -> Self {
+        let mut dnsmasq = host.command("dnsmasq");
+        let addresses = format!("--listen-address={},{}", host.address, host.address6);
+        dnsmasq.args(["--bind-interfaces", &addresses]).args(options);
+        Self::run(dnsmasq, 53)
+    }
+
+    /// What starts dnsmasq, on all addresses if nothing else is said.
+    pub fn run(mut dnsmasq: Command, port: u16) -> Self {
         let log = NamedTempFile::new().unwrap();
-        dnsmasq.args([format!("--port={port}"), format!("--log-facility={}", log.path().display())]);
-        dnsmasq.arg("--log-queries").args(options);
+        dnsmasq.args(["--keep-in-foreground", "--conf-file=/dev/null", "--no-resolv", "--no-hosts"]);
+        dnsmasq.args(["--user=root", "--pid-file", "--log-queries", &format!("--port={port}")]);
+        dnsmasq.arg(format!("--log-facility={}", log.path().display()));
         let dnsmasq = dnsmasq.stdin(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        // It listens for TCP last.
-        wait_until("dnsmasq listens", || TcpStream::connect(listen).is_ok());
-        Self { port: port.parse().unwrap(), dnsmasq, log }
+        let dns = Self { port, dnsmasq, log };
+        // It says so once it listens.
+        wait_until("dnsmasq listens", || dns.log().contains("started, version"));
+        dns
+    }
+
+    fn log(&self) -> String {
+        fs::read_to_string(self.log.path()).unwrap()
     }
 
     /// The questions that it was asked: `A www.example.com`.
     pub fn asked(&self) -> Vec<String> {
-        let log = fs::read_to_string(self.log.path()).unwrap();
+        let log = self.log();
         let asked = log.lines().filter_map(|line| line.split_once(": query[")?.1.split_once(" from "));
         asked.map(|(question, _)| question.replace(']', "")).collect()
     }

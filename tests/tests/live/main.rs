@@ -16,6 +16,7 @@ mod kubernetes;
 mod left;
 mod load;
 mod matrix;
+mod names;
 mod occupancy;
 mod policy;
 mod routes;

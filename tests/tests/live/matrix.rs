@@ -1,22 +1,19 @@
 //! Every kind of socket, of every family, in every runtime; and TCP Fast Open.
 
 use std::{
-    env, fs,
+    fs,
     io::{Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, UdpSocket},
     path::Path,
-    process::{Command, Stdio},
+    process::Command,
     slice, thread,
 };
 
-use mesh_tests::{Mesh, datagram_service, netns::Network, service, text};
+use mesh_tests::{Mesh, datagram_service, documents, done, netns::Network, service, text};
 use rustix::net::{AddressFamily, SocketType, bind, ipproto, listen, socket, sockopt::socket_protocol};
 
 const PORT: &str = "80";
 const CLIENTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/clients");
-const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/sockets.md");
-/// What stands around the table in the page.
-const MARKS: [&str; 2] = ["<!-- table -->\n", "<!-- end of table -->\n"];
 
 const FAMILIES: [(&str, &str); 3] =
     [("v4", "127.128.16.1"), ("v6", "fd00:6d65:7368::16"), ("v4-mapped", "::ffff:127.128.16.1")];
@@ -157,11 +154,6 @@ fn runtimes(dir: &Path) -> [Runtime; 7] {
     ]
 }
 
-fn done(command: &mut Command) {
-    let output = command.stdin(Stdio::null()).output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    assert!(output.status.success(), "{command:?}: {}", text(&output));
-}
-
 /// Listens for MPTCP, which plain TCP may dial too; hears a message, and answers with the protocol
 /// that the connection really speaks and the family of the client's socket.
 fn stream_backend(address: &str) -> u16 {
@@ -242,20 +234,7 @@ fn every_kind_of_socket_of_every_family_in_every_runtime_shows_the_vip() {
     for (mark, note) in NOTES {
         table += &format!("\n{mark} {note}.\n");
     }
-    documents(&table);
-}
-
-/// The page holds this table; it is put there when that is asked for.
-fn documents(table: &str) {
-    let page = fs::read_to_string(PAGE).unwrap();
-    let [begin, end] = MARKS;
-    let (before, rest) = page.split_once(begin).expect("the page has a table");
-    let (held, after) = rest.split_once(end).expect("the table ends");
-    if env::var_os("MESH_UPDATE_DOCS").is_some() {
-        fs::write(PAGE, [before, begin, table, end, after].concat()).unwrap();
-    } else {
-        assert_eq!(held, table, "docs/sockets.md is not what was seen; MESH_UPDATE_DOCS=1 writes it");
-    }
+    documents("sockets.md", &table);
 }
 
 #[test]
