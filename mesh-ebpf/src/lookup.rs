@@ -59,9 +59,7 @@ pub(crate) fn check() -> i32 {
 fn drawn() -> u32 {
     // SAFETY: a plain helper call.
     let random = unsafe { bpf_get_prandom_u32() };
-    #[expect(clippy::cast_possible_truncation, reason = "below a u32")]
-    let drawn = ((u64::from(random) * word(lookup::SERVICES)) >> 32) as u32;
-    drawn
+    ((u64::from(random) * word(lookup::SERVICES)) >> 32) as u32
 }
 
 #[inline(always)]

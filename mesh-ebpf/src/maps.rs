@@ -264,7 +264,7 @@ pub(crate) fn name_server(namespace: &Namespace) -> Option<&'static NameServer> 
 #[inline(always)]
 pub(crate) fn is_excluded(cgroup: u64) -> bool {
     // SAFETY: the value is not read.
-    unsafe { EXCLUDED.get(&cgroup) }.is_some()
+    unsafe { EXCLUDED.get(cgroup) }.is_some()
 }
 
 /// Notes a namespace that the daemon does not listen in; true the first time.

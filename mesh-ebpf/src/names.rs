@@ -114,7 +114,6 @@ fn is_open<const V4: bool>(hook: &Hook<V4>, server: &NameServer) -> bool {
 
 /// The process that calls, as the initial PID namespace numbers it.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "the high half")]
 fn process() -> u32 {
     // SAFETY: a plain helper call.
     unsafe { (bpf_get_current_pid_tgid() >> 32) as u32 }
