@@ -14,6 +14,7 @@ use crate::{api::objects, config, daemon, datapath, namespaces, registry};
 
 mod bpf;
 mod check;
+mod instance;
 mod output;
 mod show;
 
@@ -64,6 +65,9 @@ enum Command {
     /// Show backends.
     #[command(subcommand)]
     Backend(BackendCommand),
+    /// Show and change the instances of the embedded registry.
+    #[command(subcommand)]
+    Instance(instance::InstanceCommand),
     /// Show registries.
     #[command(subcommand)]
     Registry(RegistryCommand),
@@ -206,6 +210,7 @@ impl Cli {
                 return ask(show::services(socket, Some(&name), &list));
             }
             Command::Backend(BackendCommand::List(list)) => return ask(show::backends(socket, &list)),
+            Command::Instance(command) => return ask(instance::run(socket, command)),
             Command::Registry(RegistryCommand::List { output, no_headers }) => {
                 return ask(show::registries(socket, &ListArgs { output, no_headers, watch: false }));
             }
@@ -267,8 +272,9 @@ fn validate(file: &Path) -> anyhow::Result<()> {
     let config = config::load(Some(file))?;
     let mut services = 0;
     for registry in &config.registries {
-        let config::Registry::File { path } = registry;
-        services += registry::file::validate(path, &config.rules)?;
+        if let config::Registry::File { path } = registry {
+            services += registry::file::validate(path, &config.rules)?;
+        }
     }
     let registries = config.registries.len();
     writeln!(

@@ -139,7 +139,17 @@ impl Datapath {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase", deny_unknown_fields)]
 pub enum Registry {
-    File { path: PathBuf },
+    File {
+        path: PathBuf,
+    },
+    Embedded {
+        #[serde(default = "embedded_listen")]
+        listen: SocketAddr,
+    },
+}
+
+fn embedded_listen() -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], 9465))
 }
 
 #[derive(Deserialize)]
@@ -232,7 +242,12 @@ fn parse(path: &Path, text: &str) -> Result<Config, Error> {
     let mut registries = Vec::new();
     for table in raw.registry {
         let at = table.span().start;
-        registries.push(registry(table.into_inner()).map_err(|message| invalid(Some(at), message))?);
+        let registry = registry(table.into_inner()).map_err(|message| invalid(Some(at), message))?;
+        let is_embedded = |registry: &Registry| matches!(registry, Registry::Embedded { .. });
+        if is_embedded(&registry) && registries.iter().any(is_embedded) {
+            return Err(invalid(Some(at), "registry: there can be one of type embedded".into()));
+        }
+        registries.push(registry);
     }
     Ok(Config {
         path: (!path.as_os_str().is_empty()).then(|| path.into()),
@@ -251,7 +266,7 @@ fn parse(path: &Path, text: &str) -> Result<Config, Error> {
 }
 
 fn registry(table: toml::Table) -> Result<Registry, String> {
-    const TYPES: [&str; 1] = ["file"];
+    const TYPES: [&str; 2] = ["file", "embedded"];
     let kind =
         table.get("type").and_then(toml::Value::as_str).ok_or("registry: key `type` is missing")?.to_owned();
     if !TYPES.contains(&kind.as_str()) {
@@ -299,6 +314,7 @@ impl Registry {
     pub fn label(&self) -> (&'static str, String) {
         match self {
             Self::File { path } => ("file", path.display().to_string()),
+            Self::Embedded { listen } => ("embedded", listen.to_string()),
         }
     }
 }
@@ -449,6 +465,10 @@ path = "/etc/mesh/services.d"
             (
                 "\n[[registry]]\ntype = \"zookeeper\"",
                 "mesh.toml:2: registry: type \"zookeeper\" is not known",
+            ),
+            (
+                "[[registry]]\ntype = \"embedded\"\n[[registry]]\ntype = \"embedded\"\nlisten = \"127.0.0.1:1\"",
+                "mesh.toml:3: registry: there can be one of type embedded",
             ),
             ("\n[[registry]]\npath = \"x\"", "mesh.toml:2: registry: key `type` is missing"),
             ("\n[[registry]]\ntype = \"file\"", "mesh.toml:2: registry of type file: missing field `path`"),

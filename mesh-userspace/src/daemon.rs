@@ -24,7 +24,7 @@ use tokio::{
 use crate::{
     api,
     catalog::{Catalog, vip::Vips},
-    config::{self, Config, Registry},
+    config::{self, Config},
     datapath::{self, Datapath, NameServers, Pins},
     dns,
     namespaces::{Names, Namespaces},
@@ -33,7 +33,6 @@ use crate::{
     reconcile::{Reconciler, Report},
     registry::{
         self, Publisher, State,
-        file::Source,
         kept::{self, Keeper},
     },
     upkeep::Upkeep,
@@ -303,9 +302,14 @@ impl Sources {
         self.states.send_replace(states.clone());
         for (place, (registry, state)) in config.registries.iter().zip(&states).enumerate() {
             let publisher = Publisher::new(self.states.clone(), place);
-            let Registry::File { path } = registry.clone();
-            let source = Source::new(path, config.rules.clone(), state.snapshot.clone());
-            self.tasks.push(tokio::spawn(registry::file::run(source, publisher, self.reload.clone())));
+            let start = registry::Start {
+                rules: config.rules.clone(),
+                state_dir: self.state_dir.clone(),
+                kept: state.snapshot.clone(),
+                publisher,
+                reload: self.reload.clone(),
+            };
+            self.tasks.push(registry::start(registry.clone(), start));
         }
         states
     }

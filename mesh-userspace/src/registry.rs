@@ -1,14 +1,15 @@
 //! Where services come from. Each registry runs as one task that publishes its [`State`]; only
 //! the modules below know a wire format.
 
-use std::{sync::Arc, time::SystemTime};
+use std::{path::PathBuf, sync::Arc, time::SystemTime};
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::watch;
+use tokio::{sync::watch, task::JoinHandle};
 
-use crate::model::Service;
+use crate::{config, model::Service};
 
 mod claims;
+pub mod embedded;
 pub mod file;
 pub mod kept;
 pub mod rules;
@@ -92,6 +93,29 @@ impl Publisher {
     /// that changes something.
     pub fn publish(&self, snapshot: Option<Snapshot>, error: Option<String>) {
         self.all.send_if_modified(|all| all[self.place].update(snapshot, error));
+    }
+}
+
+/// What every registry starts with.
+#[derive(Clone, Debug)]
+pub struct Start {
+    pub rules: Rules,
+    pub state_dir: PathBuf,
+    /// What it said last, perhaps to an earlier run.
+    pub kept: Option<Arc<Snapshot>>,
+    pub publisher: Publisher,
+    /// Asks for a fresh read.
+    pub reload: watch::Receiver<u64>,
+}
+
+/// Starts a registry: a task that publishes until it is aborted.
+pub fn start(registry: config::Registry, start: Start) -> JoinHandle<()> {
+    match registry {
+        config::Registry::File { path } => {
+            let source = file::Source::new(path, start.rules, start.kept);
+            tokio::spawn(file::run(source, start.publisher, start.reload))
+        }
+        config::Registry::Embedded { listen } => tokio::spawn(embedded::run(listen, start)),
     }
 }
 

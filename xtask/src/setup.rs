@@ -24,6 +24,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("iproute2", "ip -V"),
     ("util-linux", "nsenter --version"),
     ("python3", "python3 --version"),
+    ("python3-venv", "python3 -c 'import ensurepip, venv'"),
     // Debian keeps Python's own tests apart; apt-get takes a name that begins with ^ for a pattern.
     ("^libpython3[.][0-9]+-testsuite$", "python3 -c 'import test.test_socket'"),
     ("strace", "strace --version"),
@@ -57,10 +58,15 @@ const KERNELS: [(&str, &str); 2] = [
     ("6.12", r"^linux-image-6\.12\.[0-9]+\+deb1[0-9]-cloud-amd64$"),
 ];
 
+/// What drives the embedded registry: the AWS SDK and command line, and an imitation of AWS to
+/// compare it with.
+const PYTHON: [&str; 4] = ["boto3==1.44.8", "botocore==1.44.8", "awscli==1.46.3", "moto[server]==5.2.5"];
+
 pub(crate) fn everything() -> anyhow::Result<()> {
     toolchain()?;
     packages(PACKAGES)?;
     packages(&LATER_PACKAGES)?;
+    python()?;
     if cfg!(not(target_arch = "x86_64")) {
         return Ok(());
     }
@@ -146,6 +152,21 @@ fn packages(all: &[(&str, &str)]) -> anyhow::Result<()> {
         ])
         .args(&missing))
     .with_context(|| format!("install them yourself: apt-get install {names}"))
+}
+
+/// Python packages of the tests, in an environment of their own.
+fn python() -> anyhow::Result<()> {
+    let dir = tools::root().join("target/python");
+    let done = dir.join("packages");
+    let wanted = PYTHON.join("\n");
+    if fs::read_to_string(&done).is_ok_and(|installed| installed == wanted) {
+        return Ok(());
+    }
+    eprintln!("setup: installing into target/python: {}", PYTHON.join(" "));
+    run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&dir))?;
+    let mut pip = Command::new(dir.join("bin/pip"));
+    run(pip.args(["install", "--quiet", "--disable-pip-version-check"]).args(PYTHON))?;
+    Ok(fs::write(done, wanted)?)
 }
 
 /// Unpacks a kernel below target/kernels; nothing of it is installed.

@@ -170,7 +170,12 @@ fn others(config: &Config, cgroup: &Path) -> Option<Finding> {
 
 fn ports(config: &Config, running: bool, findings: &mut Vec<Finding>) {
     let web = std::iter::once(("web.listen", config.web.listen));
-    for (key, address) in web.chain(config.dns.listen.iter().map(|address| ("dns.listen", *address))) {
+    let dns = config.dns.listen.iter().map(|address| ("dns.listen", *address));
+    let embedded = config.registries.iter().filter_map(|registry| match registry {
+        config::Registry::Embedded { listen } => Some(("listen of the embedded registry", *listen)),
+        config::Registry::File { .. } => None,
+    });
+    for (key, address) in web.chain(dns).chain(embedded) {
         if running {
             findings.push(ok("ports", format!("{address} (the daemon runs)")));
             continue;
@@ -210,7 +215,7 @@ fn registries(config: &Config, findings: &mut Vec<Finding>) {
         findings.push(note("registry", "none is configured: there will be no services"));
     }
     for registry in &config.registries {
-        let config::Registry::File { path } = registry;
+        let config::Registry::File { path } = registry else { continue };
         findings.push(match registry::file::validate(path, &config.rules) {
             Ok(services) => ok("registry", format!("file {}: {services} services", path.display())),
             Err(error) => {

@@ -8,6 +8,7 @@ mod daemon;
 mod datagram;
 mod dns;
 mod eject;
+mod embedded;
 mod hammer;
 mod input;
 mod intercept;
