@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead, BufReader, Read, Write},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{TcpListener, TcpStream, ToSocketAddrs},
     path::PathBuf,
     time::Duration,
 };
@@ -34,16 +34,20 @@ fn answer(mut stream: TcpStream, name: &str) -> std::io::Result<()> {
 pub(crate) struct ClientArgs {
     /// The cgroup to enter first.
     cgroup: PathBuf,
-    address: SocketAddr,
+    /// A name or an address, and a port.
+    address: String,
     calls: u32,
 }
 
 /// Prints a line per call: who answered, and what `getpeername` says.
 pub(crate) fn client(args: &ClientArgs) -> anyhow::Result<()> {
     enter(&args.cgroup)?;
+    if args.calls == 0 {
+        ensure!(args.address.to_socket_addrs()?.next().is_some(), "{} has no address", args.address);
+    }
     for _ in 0..args.calls {
         let mut stream =
-            TcpStream::connect(args.address).with_context(|| format!("connect to {}", args.address))?;
+            TcpStream::connect(&args.address).with_context(|| format!("connect to {}", args.address))?;
         stream.set_read_timeout(Some(Duration::from_secs(5)))?;
         let peer = stream.peer_addr()?;
         write!(stream, "GET / HTTP/1.1\r\nhost: backend\r\nconnection: close\r\n\r\n")?;

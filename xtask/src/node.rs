@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::ErrorKind,
     net::TcpListener,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -21,6 +22,8 @@ pub(crate) struct Node {
     pub(crate) socket: PathBuf,
     pub(crate) config: PathBuf,
     pub(crate) web: String,
+    /// Where an embedded registry listens, if there is one instead of the services file.
+    pub(crate) embedded: Option<String>,
     daemon: Option<Child>,
 }
 
@@ -38,12 +41,25 @@ impl Node {
             config: dir.join("mesh.toml"),
             cgroup: cgroup2()?.join(name),
             pin_dir: Path::new("/sys/fs/bpf").join(name),
-            web: web_address()?,
+            web: usual_address(9464)?,
+            embedded: None,
             socket,
             dir,
             daemon: None,
         };
         fs::create_dir_all(&node.cgroup)?;
+        Ok(node)
+    }
+
+    /// As [`new`](Self::new), with an embedded registry that holds nothing.
+    pub(crate) fn with_embedded(name: &str) -> anyhow::Result<Self> {
+        let mut node = Self::new(name)?;
+        node.embedded = Some(usual_address(9465)?);
+        if let Err(error) = fs::remove_dir_all(node.dir.join("state"))
+            && error.kind() != ErrorKind::NotFound
+        {
+            return Err(error.into());
+        }
         Ok(node)
     }
 
@@ -63,16 +79,19 @@ impl Node {
     }
 
     fn write_config(&self) -> anyhow::Result<()> {
+        let registry = match &self.embedded {
+            Some(listen) => format!("type = \"embedded\"\nlisten = {listen:?}\n"),
+            None => format!("type = \"file\"\npath = {:?}\n", self.services),
+        };
         let text = format!(
             "[node]\ncgroup = {:?}\npin_dir = {:?}\nstate_dir = {:?}\n\n[api]\nsocket = {:?}\n\n\
              [web]\nlisten = {:?}\n\n[dns]\nlisten = []\nupstream = []\n\n[backends]\nallow_loopback = true\n\n\
-             [[registry]]\ntype = \"file\"\npath = {:?}\n",
+             [[registry]]\n{registry}",
             self.cgroup,
             self.pin_dir,
             self.dir.join("state"),
             self.socket,
             self.web,
-            self.services
         );
         Ok(fs::write(&self.config, text)?)
     }
@@ -109,7 +128,7 @@ fn cgroup2() -> anyhow::Result<PathBuf> {
 }
 
 /// The usual address where it is free, else any.
-fn web_address() -> anyhow::Result<String> {
-    let listener = TcpListener::bind("127.0.0.1:9464").or_else(|_| TcpListener::bind("127.0.0.1:0"))?;
+fn usual_address(port: u16) -> anyhow::Result<String> {
+    let listener = TcpListener::bind(("127.0.0.1", port)).or_else(|_| TcpListener::bind("127.0.0.1:0"))?;
     Ok(listener.local_addr()?.to_string())
 }

@@ -19,7 +19,7 @@ use crate::{
     tools::{self, again_as_root, as_root},
 };
 
-const VIP: &str = "127.128.0.10";
+const SERVICE: &str = "backend.service.local";
 const PORT: u16 = 8080;
 const CALLS: u32 = 30;
 const NAMES: [&str; 3] = ["backend-1", "backend-2", "backend-3"];
@@ -59,11 +59,10 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         let _ = tell.send(());
     })?;
 
-    let mut example = Example::start()?;
+    let example = Example::start()?;
     example.calls("Three backends", &NAMES)?;
-    println!("\nNow backend-2 leaves the registry file ({})", example.node.services.display());
-    example.backends.remove("backend-2");
-    example.write_services()?;
+    println!("\nNow backend-2 is deregistered");
+    tools::run(&mut example.node.mesh(&["instance", "deregister", SERVICE, "backend-2"]))?;
     example.wait_for(2)?;
     example.calls("Without backend-2", &["backend-1", "backend-3"])?;
     if !args.once {
@@ -76,22 +75,25 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
 /// A node with three backends; dropping it removes all of it.
 struct Example {
     node: Node,
-    /// Name → port.
-    backends: BTreeMap<&'static str, u16>,
+    vip: String,
     children: Vec<Child>,
 }
 
 impl Example {
     fn start() -> anyhow::Result<Self> {
-        let node = Node::new("mesh-example")?;
-        let mut example = Self { node, backends: BTreeMap::new(), children: Vec::new() };
+        let node = Node::with_embedded("mesh-example")?;
+        let mut example = Self { node, vip: String::new(), children: Vec::new() };
+        example.node.start()?;
         for name in NAMES {
             let port = example.start_backend(name)?;
-            example.backends.insert(name, port);
+            example.register(name, port)?;
         }
-        example.write_services()?;
-        let status = example.node.start()?;
-        println!("mesh: {status}");
+        example.wait_for(NAMES.len())?;
+        let service = tools::output(&mut example.node.mesh(&["service", "get", SERVICE, "-o", "json"]))?;
+        let service: Value = serde_json::from_str(&service)?;
+        example.vip = service["vips"][0].as_str().context("the service has a VIP")?.to_owned();
+        let status = tools::output(&mut example.node.mesh(&["status", "--brief", "--wait=15s"]))?;
+        println!("mesh: {}", status.trim());
         Ok(example)
     }
 
@@ -105,50 +107,63 @@ impl Example {
         port.trim().parse().with_context(|| format!("{name} did not start"))
     }
 
-    fn write_services(&self) -> anyhow::Result<()> {
-        let mut text = format!(
-            "# Change me while the daemon runs.\n[[service]]\nname = \"backend\"\nnamespace = \"service.local\"\n\
-             port = {PORT}\nvip = \"{VIP}\"\npolicy = \"random\"\n"
-        );
-        for (name, port) in &self.backends {
-            text +=
-                &format!("\n[[service.instance]]\nid = \"{name}\"\naddress = \"127.0.0.1\"\nport = {port}\n");
-        }
-        text += "\n# Nobody serves this one: a connect is refused at once.\n[[service]]\nname = \"empty\"\n\
-                 namespace = \"service.local\"\nport = 8081\n";
-        self.node.write_services(&text)
+    fn register(&self, name: &str, port: u16) -> anyhow::Result<()> {
+        let (service, port) = (format!("{SERVICE}:{PORT}"), port.to_string());
+        let args =
+            ["instance", "register", &service, "--address", "127.0.0.1", "--port", &port, "--id", name];
+        tools::run(&mut self.node.mesh(&args))
     }
 
     /// Waits until so many backends are in the maps.
     fn wait_for(&self, backends: usize) -> anyhow::Result<()> {
         let start = Instant::now();
         while start.elapsed() < Duration::from_secs(10) {
-            let list =
-                tools::output(&mut self.node.mesh(&["explain", &format!("{VIP}:{PORT}"), "-o", "json"]))?;
-            let list: Value = serde_json::from_str(&list)?;
+            // A name that is not there yet is an error.
+            let name = format!("{SERVICE}:{PORT}");
+            let list = self.node.mesh(&["explain", &name, "-o", "json"]).output()?;
+            let list: Value = serde_json::from_slice(&list.stdout).unwrap_or_default();
             if list[0]["backends"].as_array().map(Vec::len) == Some(backends) {
                 return Ok(());
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        bail!("the daemon did not follow the file within 10 s")
+        bail!("the daemon did not follow its registry within 10 s")
     }
 
-    /// Calls the service through its VIP and checks who answered.
-    fn calls(&self, title: &str, expected: &[&str]) -> anyhow::Result<()> {
+    /// The client, inside the managed cgroup.
+    fn client(&self) -> anyhow::Result<Command> {
         let mut client = Command::new(env::current_exe()?);
-        client
-            .arg("example-client")
-            .arg(&self.node.cgroup)
-            .args([format!("{VIP}:{PORT}"), CALLS.to_string()]);
-        let lines = tools::output(&mut client)?;
+        client.arg("example-client").arg(&self.node.cgroup);
+        Ok(client)
+    }
+
+    /// Whether this machine's own resolver asks a name server for the service, and so the daemon: one
+    /// that keeps `.local` for multicast DNS does not.
+    fn has_name(&self) -> bool {
+        let probe =
+            || Ok::<_, anyhow::Error>(self.client()?.args([&format!("{SERVICE}:{PORT}"), "0"]).output()?);
+        // The daemon has been listening for a moment only.
+        (0..50).any(|_| {
+            let resolves = probe().is_ok_and(|output| output.status.success());
+            if !resolves {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            resolves
+        })
+    }
+
+    /// Calls the service, by name where that works, and checks who answered.
+    fn calls(&self, title: &str, expected: &[&str]) -> anyhow::Result<()> {
+        let vip = format!("{}:{PORT}", self.vip);
+        let address = if self.has_name() { format!("{SERVICE}:{PORT}") } else { vip.clone() };
+        let lines = tools::output(self.client()?.args([&address, &CALLS.to_string()]))?;
         let mut answers = BTreeMap::<_, u32>::new();
         let mut peers = BTreeMap::<_, u32>::new();
         for (name, peer) in lines.lines().filter_map(|line| line.split_once(' ')) {
             *answers.entry(name).or_default() += 1;
             *peers.entry(peer).or_default() += 1;
         }
-        println!("\n{title}: {CALLS} calls to http://{VIP}:{PORT}");
+        println!("\n{title}: {CALLS} calls to http://{address}");
         for (name, count) in &answers {
             println!("  {name} answered {count:2} times");
         }
@@ -161,20 +176,20 @@ impl Example {
             "a backend answered that is not in the registry"
         );
         ensure!(answers.len() == expected.len(), "a backend in the registry got no call");
-        ensure!(peers.keys().eq([&format!("{VIP}:{PORT}").as_str()]), "getpeername must show the VIP");
+        ensure!(peers.keys().eq([&vip.as_str()]), "getpeername must show the VIP");
         Ok(())
     }
 
     fn hint(&self) {
         let (mesh, socket, cgroup) = (tools::mesh(), self.node.socket.display(), self.node.cgroup.display());
-        let (mesh, services) = (mesh.display(), self.node.services.display());
+        let (mesh, vip) = (mesh.display(), &self.vip);
         println!(
             "\nThe daemon runs until Ctrl-C. As root, in another shell:\n\
              \n  a call from inside the managed cgroup\n    \
-             sh -c 'echo $$ > {cgroup}/cgroup.procs && exec curl -s http://{VIP}:{PORT}'\n\
+             sh -c 'echo $$ > {cgroup}/cgroup.procs && exec curl -s http://{vip}:{PORT}'\n\
              \n  what a connect would do, and why\n    {mesh} explain backend:{PORT} --socket {socket}\n\
              \n  what is in the kernel\n    {mesh} bpf lb --socket {socket}\n\
-             \n  change the registry while it runs\n    $EDITOR {services}\n\
+             \n  change the registry while it runs\n    {mesh} instance deregister {SERVICE} backend-1 --socket {socket}\n\
              \n  metrics\n    curl -s http://{}/metrics",
             self.node.web
         );
