@@ -103,5 +103,7 @@ async fn serve(listener: TcpListener, engine: Engine, start: Start) {
 
 /// Now, as Cloud Map says it: seconds since 1970.
 fn seconds() -> f64 {
-    super::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+    let since = super::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    // Whole milliseconds, as AWS has them: more digits would not all come back from disk.
+    since.as_millis() as f64 / 1000.0
 }
