@@ -320,13 +320,12 @@ fn an_address_that_is_taken_is_named_and_listened_at_once_it_is_free() {
     let server = Server::start("echo");
     let mut names = Names::prepare(&echo(&server), &[]);
     let taken = UdpSocket::bind((names.address, 53)).unwrap();
-    names.mesh.launch();
-    let expected = format!("cannot listen on dns.listen {}:53 (UDP)", names.address);
-    wait_until("the error", || names.mesh.log().contains(&expected));
     let config = names.mesh.config.to_str().unwrap();
     let check = names.mesh.mesh(&["check", "--pre", "--config", config]).output().unwrap();
     assert!(text(&check).contains(&format!("dns.listen {}:53", names.address)), "{}", text(&check));
+    names.mesh.launch();
     names.mesh.ready();
+    let expected = format!("cannot listen on dns.listen {}:53 (UDP)", names.address);
     assert!(names.mesh.json(&["status"])["problems"].to_string().contains(&expected));
     drop(taken);
     wait_until("it answers", || names.short(&["short"]) == VIP);

@@ -43,7 +43,6 @@ const BATCH: u32 = 20_000;
 enum Fault {
     None,
     WordBeforeSlots,
-    NoGrace,
     BackendInPlace,
     FrontendAnew,
 }
@@ -212,10 +211,6 @@ fn write(written: &mut Written, world: &World, changed: &[u32], words: &Words, f
                 if fault == Fault::BackendInPlace {
                     overwrite(written, world);
                 }
-                if fault == Fault::NoGrace {
-                    written.applied.apply(op);
-                    continue;
-                }
             }
             _ => {}
         }
@@ -262,12 +257,6 @@ fn no_look_up_is_wrong_torn_untimely_or_missed() {
 fn a_service_word_before_its_slots_is_noticed() {
     let report = hammer(Fault::WordBeforeSlots, 0);
     assert!(report.of(Verdict::Wrong) + report.of(Verdict::Untimely) > 0, "{report:?}");
-}
-
-#[test]
-fn ids_used_again_without_a_grace_are_noticed() {
-    let report = hammer(Fault::NoGrace, 0);
-    assert!(report.faults() > 0, "{report:?}");
 }
 
 #[test]
