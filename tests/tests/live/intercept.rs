@@ -378,7 +378,8 @@ print(len(failed), f"the longest of {sum(counts)} look-ups took {1e3 * max(longe
     let told = task.hear();
     let (failed, rest) = told.split_once(' ').unwrap();
     figure(&format!("while the daemon was killed 6 times: {rest}"));
-    assert!(failed.parse::<u32>().unwrap() <= 4, "more than one for each thread: {rest}");
+    // A daemon that takes longer than that to come back, on a busy machine, is as one that does not.
+    assert!(failed.parse::<u32>().unwrap() <= 6 * 4, "more than one for each thread and kill: {rest}");
 }
 
 #[test]
