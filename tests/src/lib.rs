@@ -124,7 +124,7 @@ impl Mesh {
             socket: dir.path().join("api.sock"),
             config: dir.path().join("mesh.toml"),
             services: dir.path().join("services.toml"),
-            web: free_address(),
+            web: own_address(),
             // The usual address is one for all tests, and the node's name servers are not theirs to ask.
             dns: "listen = []\nupstream = []".into(),
             daemon: None,
@@ -420,6 +420,14 @@ pub fn datagram_service(name: &str, port: u16, vip: &str, instances: &[(&str, u1
 /// A loopback address that nobody listens on at the moment.
 pub fn free_address() -> String {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+}
+
+/// A loopback address of one's own: a port of the kernel's choice may be another socket's a moment later.
+fn own_address() -> String {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let [_, _, high, low] = std::process::id().to_be_bytes();
+    let [_, _, _, count] = COUNT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+    format!("127.{}.{low}.{count}:9464", 100 + high % 20)
 }
 
 fn enter(cgroup: &Path, program: impl AsRef<OsStr>) -> Command {

@@ -209,6 +209,9 @@ fn strike(mesh: &mut Mesh, blow: Blow, number: usize) -> bool {
         }
         Blow::Kill | Blow::Wipe => mesh.launch(),
     }
-    mesh.ready();
+    // Not `ready`: with so many changes there is hardly a moment at which the latest is the one that is written.
+    wait_until("the programs are in place", || {
+        mesh_tests::text(&mesh.mesh(&["status", "--brief"]).output().unwrap()).contains("10 of 10 attached")
+    });
     at_call
 }
