@@ -1,7 +1,7 @@
 //! Queries go to the daemon, as long as it listens in the socket's network namespace; else to the name
 //! server that was asked.
 
-use core::ffi::c_void;
+use core::{ffi::c_void, ptr::read_volatile};
 
 use aya_ebpf::{
     bindings::bpf_sock_tuple,
@@ -73,7 +73,8 @@ fn is_excluded() -> bool {
     false
 }
 
-/// Whether the daemon listens there: its sockets end with it, whatever it dies of.
+/// Whether the daemon listens there: its sockets, which have its process id as their priority, end with it,
+/// whatever it dies of.
 #[inline(always)]
 fn is_open<const V4: bool>(hook: &Hook<V4>, server: &NameServer) -> bool {
     // SAFETY: integers, all of which may be zero.
@@ -107,9 +108,10 @@ fn is_open<const V4: bool>(hook: &Hook<V4>, server: &NameServer) -> bool {
         if found.is_null() {
             return false;
         }
+        let is_ours = read_volatile(&raw const (*found).priority) == server.process;
         bpf_sk_release(found.cast::<c_void>());
+        is_ours
     }
-    true
 }
 
 /// The process that calls, as the initial PID namespace numbers it.

@@ -5,7 +5,7 @@
 //! ```
 
 use std::{
-    io,
+    io::{self, Write},
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, RwLock, atomic::AtomicBool, atomic::Ordering, mpsc},
@@ -125,8 +125,8 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         reconciler.run(&runtime, catalog);
     });
     let upkeep = std::thread::spawn(move || upkeep.run(&left));
-    let (stopped, stop) = io::pipe()?;
-    let namespaces = std::thread::spawn(move || namespaces.run(&stopped));
+    let (word, mut tell) = io::pipe()?;
+    let namespaces = std::thread::spawn(move || namespaces.run(word));
     let mut merge = tokio::spawn(merge(registries.subscribe(), vips, catalog_sender));
     let names = dns::run(
         view.dns.clone(),
@@ -136,6 +136,13 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         view.applied.clone(),
     );
     let mut names = tokio::spawn(names);
+    let core = view.dns.clone();
+    let listens = tokio::spawn(async move {
+        core.can_answer().await;
+        let _ = tell.write_all(&[0]);
+        // The other end works for as long as this one is open.
+        std::future::pending::<()>().await;
+    });
     let mut api = tokio::spawn(api::serve(socket, view.clone()));
     let mut web = tokio::spawn(web::serve(web, view.clone()));
     tracing::info!(cgroup = %view.cgroup.display(), "mesh {} runs", env!("CARGO_PKG_VERSION"));
@@ -150,7 +157,8 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         end = &mut web => Err(anyhow!("the web page has ended: {end:?}")),
     };
 
-    drop(stop);
+    listens.abort();
+    let _ = listens.await;
     // What was delivered last is written before the end, also to disk.
     drop(keep);
     let _ = keeper.await;

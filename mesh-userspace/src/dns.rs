@@ -14,7 +14,10 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
-use tokio::{sync::watch, task::JoinSet};
+use tokio::{
+    sync::{Notify, watch},
+    task::JoinSet,
+};
 
 use crate::{config::Config, plan::Applied, reconcile::Report};
 
@@ -49,6 +52,8 @@ pub struct Core {
     pub metrics: Metrics,
     /// Addresses that are not listened at, and why.
     deaf: Mutex<BTreeMap<SocketAddr, String>>,
+    /// Told of another table and of other name servers.
+    news: Notify,
 }
 
 impl Default for Core {
@@ -59,6 +64,7 @@ impl Default for Core {
             limits: Limits::default(),
             metrics: Metrics::default(),
             deaf: Mutex::default(),
+            news: Notify::new(),
         }
     }
 }
@@ -73,6 +79,14 @@ impl Core {
     pub fn problems(&self) -> Vec<String> {
         let deaf = self.deaf.lock().expect("nobody panics holding it").values().cloned().collect();
         [self.forwarder.load().problems.clone(), deaf].concat()
+    }
+
+    /// Waits until every registry was heard and it is known who is asked for the rest. Questions that come
+    /// before may fail, though nothing is wrong.
+    pub async fn can_answer(&self) {
+        while !(self.table.load().heard && self.forwarder.load().is_known()) {
+            self.news.notified().await;
+        }
     }
 
     /// Answers at an address of the host, as soon as nobody else has it: connects do not depend on it.
@@ -163,4 +177,5 @@ fn rename(core: &Core, config: &Config, report: &Report, applied: &RwLock<Applie
         Table::build(report.written.as_deref(), suffixes, ranges, is_programmed)
     });
     core.table.store(Arc::new(table));
+    core.news.notify_one();
 }

@@ -7,7 +7,7 @@
 use std::{
     collections::BTreeSet,
     fs::File,
-    io::{self, PipeReader},
+    io::{self, PipeReader, Read},
     os::fd::AsFd,
     path::PathBuf,
     time::{Duration, Instant},
@@ -38,8 +38,10 @@ pub struct Namespaces {
     cgroup: PathBuf,
     ranges: Vec<IpNet>,
     priority: u32,
-    /// None where nobody's queries are to be answered.
+    /// None while nobody's queries are answered.
     names: Option<Names>,
+    /// The same, until there are answers.
+    mute: Option<Names>,
     /// Threads whose namespaces have been dealt with. A namespace's number may soon be another
     /// one's, so it is no use to remember those.
     tasks: BTreeSet<u32>,
@@ -53,15 +55,17 @@ impl Namespaces {
             cgroup,
             ranges,
             priority: priority(pins),
-            names,
+            names: None,
+            mute: names,
             tasks: BTreeSet::new(),
             looks: 0,
             warned: BTreeSet::new(),
         }
     }
 
-    /// Works until the other end of `stop` is closed. Blocks: run it on a thread of its own.
-    pub fn run(mut self, stop: &PipeReader) -> io::Result<()> {
+    /// Works until the other end of `word` is closed; a byte says that queries can be answered from now on.
+    /// Blocks: run it on a thread of its own.
+    pub fn run(mut self, mut word: PipeReader) -> io::Result<()> {
         let mounts = File::open("/proc/self/mountinfo")?;
         let mut next = Instant::now();
         loop {
@@ -72,7 +76,7 @@ impl Namespaces {
             }
             let wait = Timespec::try_from(next.saturating_duration_since(now)).expect("a second at most");
             let mut fds = vec![
-                PollFd::new(stop, PollFlags::IN),
+                PollFd::new(&word, PollFlags::IN),
                 // proc_pid_mountinfo(5): priority data when a file system is mounted or unmounted.
                 PollFd::new(&mounts, PollFlags::PRI),
             ];
@@ -84,9 +88,14 @@ impl Namespaces {
                 Err(error) => return Err(error.into()),
             }
             let is_told = |at: usize| fds.get(at).is_some_and(|fd| !fd.revents().is_empty());
-            let (stops, names_change, is_asked) = (is_told(0), is_told(1), is_told(2));
-            if stops {
-                return Ok(());
+            let (word_came, names_change, is_asked) = (is_told(0), is_told(1), is_told(2));
+            if word_came {
+                if word.read(&mut [0])? == 0 {
+                    return Ok(());
+                }
+                // All namespaces once more, to listen there.
+                self.names = self.mute.take();
+                (self.looks, next) = (0, Instant::now());
             }
             if names_change {
                 self.look_at_names();

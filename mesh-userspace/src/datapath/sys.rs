@@ -249,6 +249,22 @@ pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Sets a socket's priority (`SO_PRIORITY`), which hooks can read. Needs `CAP_NET_ADMIN`.
+pub fn set_priority(socket: BorrowedFd<'_>, priority: u32) -> io::Result<()> {
+    let size = libc::socklen_t::try_from(size_of::<u32>()).expect("4");
+    // SAFETY: the kernel reads `size` bytes of an integer of that size.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PRIORITY,
+            ptr::from_ref(&priority).cast(),
+            size,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 fn raw(fd: BorrowedFd<'_>) -> u32 {
     fd.as_raw_fd().cast_unsigned()
 }

@@ -39,7 +39,7 @@ pub(super) struct Table {
     zones: HashSet<String>,
     vip_ranges: Vec<IpNet>,
     /// Whether every registry was heard. Until then, a name that is not here may exist.
-    heard: bool,
+    pub(super) heard: bool,
 }
 
 /// All ports of one name.

@@ -82,6 +82,11 @@ impl Forwarder {
         Self::new(Vec::new(), Vec::new(), none)
     }
 
+    /// Whether it is known by now who is asked, or why nobody is.
+    pub(super) fn is_known(&self) -> bool {
+        self.none || !self.servers.is_empty() || !self.problems.is_empty()
+    }
+
     /// The answer of a name server, or of the cache.
     pub(super) async fn ask(&self, query: Query) -> Own {
         let Some(pool) = &self.pool else {
@@ -237,6 +242,7 @@ pub(super) async fn follow(core: &Core, mut config: watch::Receiver<Arc<Config>>
             }
             let none = dns.upstream == Upstream::These(Vec::new());
             core.forwarder.store(Arc::new(Forwarder::new(servers, problems, none)));
+            core.news.notify_one();
             leave_circles(core, none).await;
             known = Some(wanted);
         }

@@ -25,12 +25,7 @@ use crate::{
     netns::{NetNs, routes},
 };
 
-/// Where tasks of the same namespace reach the daemon. Only the hooks know; the address is not one
-/// that a task would use.
-const ADDRESSES: [IpAddr; 2] = [IpAddr::V4(Ipv4Addr::new(127, 64, 0, 53)), IpAddr::V6(Ipv6Addr::LOCALHOST)];
-
-/// The first that is free in a namespace: another daemon may have taken one. Not 53, so that a task can
-/// be a name server on all addresses; below 1024, so that no other user can take the daemon's place.
+/// The ports to try, from the daemon's own on. Not 53, so that a task can be a name server on all addresses.
 const PORTS: std::ops::RangeInclusive<u16> = 54..=65;
 
 /// How many TCP connections may wait to be accepted.
@@ -93,8 +88,8 @@ impl Names {
         let (cookie, pairs) = namespace.run(|| {
             let mut pairs = Vec::new();
             routes::make_local_table(priority)?;
-            for address in ADDRESSES {
-                pairs.extend(pair(address)?);
+            for address in addresses(priority) {
+                pairs.extend(pair(address, priority)?);
             }
             let cookie = pairs.first().map(|(udp, _)| sys::netns_cookie(udp.as_fd())).transpose()?;
             Ok((cookie, pairs))
@@ -147,22 +142,34 @@ impl AsFd for Names {
     }
 }
 
+/// Where a daemon is reached in every namespace, by the priority of its routes: the same after a restart,
+/// because sockets that wait for an answer ask there again, and hardly ever another daemon's.
+fn addresses(priority: u32) -> [IpAddr; 2] {
+    let [.., high, low] = priority.to_be_bytes();
+    [Ipv4Addr::new(127, 64, high, low).into(), Ipv6Addr::LOCALHOST.into()]
+}
+
 /// Sockets in the namespace of the calling thread; none where it does not have this family.
-fn pair(address: IpAddr) -> io::Result<Option<Pair>> {
-    for port in PORTS {
-        let address = SocketAddr::new(address, port);
+fn pair(address: IpAddr, priority: u32) -> io::Result<Option<Pair>> {
+    let ports: Vec<_> = PORTS.collect();
+    let (before, from) = ports.split_at(priority as usize % ports.len());
+    for port in from.iter().chain(before) {
+        let address = SocketAddr::new(address, *port);
         let sockets = open(address, SocketType::DGRAM)
             .and_then(|udp| open(address, SocketType::STREAM).map(|tcp| (udp.into(), tcp.into())));
         match sockets {
-            Err(Errno::ADDRINUSE) => {}
-            Err(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => return Ok(None),
-            sockets => return Ok(Some(sockets?)),
+            Ok(sockets) => return Ok(Some(sockets)),
+            Err(error) => match Errno::from_io_error(&error) {
+                Some(Errno::ADDRINUSE) => {}
+                Some(Errno::AFNOSUPPORT | Errno::ADDRNOTAVAIL) => return Ok(None),
+                _ => return Err(error),
+            },
         }
     }
     Err(io::Error::new(io::ErrorKind::AddrInUse, format!("ports {PORTS:?} of {address} are all in use")))
 }
 
-fn open(address: SocketAddr, kind: SocketType) -> rustix::io::Result<OwnedFd> {
+fn open(address: SocketAddr, kind: SocketType) -> io::Result<OwnedFd> {
     let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
     // The namespace is new: its loopback device may not be up yet.
@@ -172,6 +179,8 @@ fn open(address: SocketAddr, kind: SocketType) -> rustix::io::Result<OwnedFd> {
         sockopt::set_ipv6_v6only(&socket, true)?;
         sockopt::set_ipv6_freebind(&socket, true)?;
     }
+    // By this the hooks know it from a socket of somebody else's that came to have the address.
+    sys::set_priority(socket.as_fd(), std::process::id())?;
     let is_stream = kind == SocketType::STREAM;
     if is_stream {
         // What an earlier daemon answered here may still be waited for.
