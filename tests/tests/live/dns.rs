@@ -134,7 +134,7 @@ for name in ["short", "echo", "echo.service.local", "short.service.local."]:
 #[test]
 fn a_running_task_learns_of_a_new_name_and_of_a_name_that_is_gone() {
     let server = Server::start("echo");
-    let upstream = Dns::with(&["--local=//"]);
+    let upstream = Dns::with(&["--local=/short/"]);
     let other = service("other", 80, "127.128.6.2", &[("127.0.0.1", server.port())]);
     let names = Names::start(&other, &[&upstream]);
     // Says yes or no, then waits for the answer to change, and says how long that took.
