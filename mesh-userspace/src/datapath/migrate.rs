@@ -15,7 +15,12 @@ use mesh_common::{
     health::HealthWord,
 };
 
-use super::{Maps, Pins, Result, Sockets, entries, is_in_use, map_error, pinned, sys::Words, words};
+use super::{
+    Maps, Pins, Result, Sockets, map_error,
+    maps::{entries, words},
+    pins::{is_in_use, pinned},
+    sys::Words,
+};
 use crate::plan::{Applied, Endpoint};
 
 /// The maps that the running programs use.

@@ -10,7 +10,7 @@ use std::{
 use aya::maps::{HashMap, Map, MapData, RingBuf};
 use mesh_common::abi::{NameServer, Namespace, Sight, map};
 
-use super::{Pins, Result, map_error, pinned};
+use super::{Pins, Result, map_error, pins::pinned};
 
 /// The map of listeners. Only sockets that are open count there: a listener that has gone is as good
 /// as none.

@@ -15,8 +15,9 @@ use aya::maps::MapData;
 use mesh_common::abi::{Settings, map};
 
 use super::{
-    Datapath, Maps, Options, Pins, Result, io_error, is_complete, is_in_use, map_error, migrate::affinity,
-    unpin_maps,
+    Datapath, Maps, Options, Pins, Result, io_error, map_error,
+    migrate::affinity,
+    pins::{is_complete, is_in_use, unpin_maps},
 };
 use crate::plan::applied::Sizes;
 
