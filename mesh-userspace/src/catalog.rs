@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use imbl::{OrdMap, ordmap::DiffItem};
 use mesh_common::abi::{Eject, Frontend, Penalty, Port, Settings};
 
 use crate::{
@@ -24,17 +25,20 @@ use weigh::Seen;
 /// A service with the VIPs that stand for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    pub service: Service,
+    pub service: Arc<Service>,
     /// One per family at most.
     pub vips: Vec<IpAddr>,
     /// Whether its registry said this once, but has not confirmed it.
     pub kept: bool,
 }
 
-/// What the node should serve.
+/// What each registry has delivered, in the order of the configuration.
+pub type Snapshots = [Option<Arc<Snapshot>>];
+
+/// What the node should serve. What has not changed is the same [`Entry`] in the next one.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Catalog {
-    pub services: BTreeMap<ServiceId, Entry>,
+    pub services: OrdMap<ServiceId, Arc<Entry>>,
     /// Records left out, and why.
     pub conflicts: Vec<String>,
     /// Whether every registry was asked in this run, and something is known of each; set by
@@ -45,9 +49,9 @@ pub struct Catalog {
 }
 
 impl Catalog {
-    /// Merges the registries' snapshots, in the order of the configuration: the first owner of a
-    /// name or VIP wins. `vips` gives VIPs to the names that have none.
-    pub fn build(snapshots: &[Option<Arc<Snapshot>>], vips: &mut Vips) -> Self {
+    /// Merges the registries' snapshots: the first owner of a name or VIP wins. `vips` gives VIPs to the
+    /// names that have none.
+    pub fn build(snapshots: &Snapshots, vips: &mut Vips) -> Self {
         let mut catalog = Self {
             // Without registries nobody says that anything is gone.
             complete: !snapshots.is_empty()
@@ -55,73 +59,89 @@ impl Catalog {
             ..Self::default()
         };
         let mut claims = Claims::default();
+        let mut entries = BTreeMap::new();
         for (service, kept) in snapshots.iter().flatten().flat_map(|snapshot| snapshot.marked()) {
             match claims.add_named(service) {
                 Ok(()) => {
                     let entry = Entry { service: service.clone(), vips: Vec::new(), kept };
-                    catalog.services.insert(service.id.clone(), entry);
+                    entries.insert(service.id.clone(), entry);
                 }
                 Err(conflict) => catalog.conflicts.push(conflict),
             }
         }
-        catalog.assign(vips);
+        assign(&mut entries, vips, &mut catalog.conflicts);
+        catalog.services = entries.into_iter().map(|(id, entry)| (id, Arc::new(entry))).collect();
         catalog
     }
 
-    /// Ports of one name share its VIPs, so VIPs are found by name.
-    fn assign(&mut self, vips: &mut Vips) {
-        let mut names: BTreeMap<(String, String), Families> = BTreeMap::new();
-        for entry in self.services.values() {
-            let Service { id, vip, instances, .. } = &entry.service;
-            let wanted = names.entry((id.namespace.clone(), id.name.clone())).or_default();
-            wanted.given.extend(vip);
-            wanted.v4 |= instances.iter().any(|instance| instance.address.is_ipv4());
-            wanted.v6 |= instances.iter().any(|instance| instance.address.is_ipv6());
+    /// The catalog of `now`, where this is the one of `before` and all that is new are services that claim
+    /// what they claimed: so it is with nearly every change, and then it costs no more than what has changed.
+    pub fn follow(&self, before: &Snapshots, now: &Snapshots) -> Option<Self> {
+        if before.len() != now.len() {
+            return None;
         }
-        let given = names.values().flat_map(|wanted| wanted.given.iter().copied()).collect();
-        let mut assigned = BTreeMap::new();
-        for ((namespace, name), wanted) in &names {
-            let mut all: Vec<IpAddr> = wanted.given.iter().copied().collect();
-            for v4 in wanted.families() {
-                match vips.get(namespace, name, v4, &given) {
-                    Some(vip) => all.push(vip),
-                    None => self.conflicts.push(format!(
-                        "service {name}.{namespace}: no {} VIP is free in the configured ranges",
-                        if v4 { "IPv4" } else { "IPv6" }
-                    )),
-                }
+        let mut catalog = self.clone();
+        for pair in before.iter().zip(now) {
+            let (before, now) = match pair {
+                (Some(before), Some(now)) => (before, now),
+                (None, None) => continue,
+                _ => return None,
+            };
+            if before.complete != now.complete || before.kept.diff(&now.kept).next().is_some() {
+                return None;
             }
-            assigned.insert((namespace.clone(), name.clone()), all);
-        }
-        // Whoever was given a VIP earlier keeps it: services that name one come last.
-        let mut taken = BTreeMap::new();
-        let mut entries: Vec<_> = self.services.iter_mut().collect();
-        entries.sort_by_key(|(_, entry)| entry.service.vip.is_some());
-        for (id, entry) in entries {
-            for vip in &assigned[&(id.namespace.clone(), id.name.clone())] {
-                match taken.insert(frontend(id, *vip), id.clone()) {
-                    None => entry.vips.push(*vip),
-                    Some(owner) => {
-                        let what = format!(
-                            "service {id}: vip {vip} port {} already belongs to service {owner}",
-                            id.port
-                        );
-                        self.conflicts.push(what);
-                        taken.insert(frontend(id, *vip), owner);
-                    }
+            for change in before.services.diff(&now.services) {
+                let DiffItem::Update { old: (id, old), new: (_, new) } = change else { return None };
+                // It may have been left out, or be another registry's.
+                let entry = catalog.services.get(id).filter(|entry| !entry.kept && entry.service == *old)?;
+                if claims(old) != claims(new) {
+                    return None;
                 }
+                let entry = Entry { service: new.clone(), ..Entry::clone(entry) };
+                catalog.services.insert(id.clone(), Arc::new(entry));
             }
         }
+        Some(catalog)
+    }
+
+    /// The services that are not as in an `earlier` catalog, if all have the frontends that they had.
+    pub fn changes(&self, earlier: &Self) -> Option<Vec<&Arc<Entry>>> {
+        if self.complete != earlier.complete {
+            return None;
+        }
+        let mut changes = Vec::new();
+        for item in earlier.services.diff(&self.services) {
+            let DiffItem::Update { old: (_, old), new: (_, new) } = item else { return None };
+            if (&old.vips, old.kept) != (&new.vips, new.kept) {
+                return None;
+            }
+            changes.push(new);
+        }
+        Some(changes)
+    }
+
+    /// Whether nothing differs.
+    pub fn is(&self, other: &Self) -> bool {
+        let rest = |catalog: &Self| (catalog.delivered, catalog.complete);
+        rest(self) == rest(other)
+            && self.conflicts == other.conflicts
+            && other.services.diff(&self.services).next().is_none()
+    }
+
+    /// Whether the same names stand for the same addresses as in an `earlier` catalog.
+    pub fn has_names_of(&self, earlier: &Self) -> bool {
+        let names = |entry: &Entry| (entry.vips.clone(), entry.service.aliases.clone());
+        self.delivered == earlier.delivered
+            && earlier.services.diff(&self.services).all(|item| match item {
+                DiffItem::Update { old: (_, old), new: (_, new) } => names(old) == names(new),
+                DiffItem::Add(..) | DiffItem::Remove(..) => false,
+            })
     }
 
     /// What the maps should hold, as the node sees it. Maps that outlived an earlier run know
     /// better than what else is left of it.
     pub fn desired(&self, node: &impl Node) -> Desired {
-        let frontends = self.services.values().flat_map(|entry| {
-            entry.vips.iter().map(move |vip| (entry, *vip, frontend(&entry.service.id, *vip)))
-        });
-        let frontends = frontends.filter(|(entry, _, frontend)| !(entry.kept && node.is_adopted(frontend)));
-        frontends.map(|(entry, vip, frontend)| (frontend, entry.wanted(vip, node))).collect()
+        desired(self.services.values(), node)
     }
 
     /// Every backend behind every VIP.
@@ -129,7 +149,7 @@ impl Catalog {
         self.services.values().flat_map(|entry| {
             entry.vips.iter().flat_map(move |vip| {
                 let frontend = frontend(&entry.service.id, *vip);
-                entry.instances(*vip).map(move |instance| (&entry.service, frontend, endpoint(instance)))
+                entry.instances(*vip).map(move |instance| (&*entry.service, frontend, endpoint(instance)))
             })
         })
     }
@@ -137,6 +157,67 @@ impl Catalog {
     pub fn prune(&self) -> Prune {
         if self.complete { Prune::Yes } else { Prune::No }
     }
+}
+
+/// Ports of one name share its VIPs, so VIPs are found by name.
+fn assign(services: &mut BTreeMap<ServiceId, Entry>, vips: &mut Vips, conflicts: &mut Vec<String>) {
+    let mut names: BTreeMap<(String, String), Families> = BTreeMap::new();
+    for entry in services.values() {
+        let Service { id, vip, instances, .. } = &*entry.service;
+        let wanted = names.entry((id.namespace.clone(), id.name.clone())).or_default();
+        wanted.given.extend(vip);
+        wanted.v4 |= instances.iter().any(|instance| instance.address.is_ipv4());
+        wanted.v6 |= instances.iter().any(|instance| instance.address.is_ipv6());
+    }
+    let given = names.values().flat_map(|wanted| wanted.given.iter().copied()).collect();
+    let mut assigned = BTreeMap::new();
+    for ((namespace, name), wanted) in &names {
+        let mut all: Vec<IpAddr> = wanted.given.iter().copied().collect();
+        for v4 in wanted.families() {
+            match vips.get(namespace, name, v4, &given) {
+                Some(vip) => all.push(vip),
+                None => conflicts.push(format!(
+                    "service {name}.{namespace}: no {} VIP is free in the configured ranges",
+                    if v4 { "IPv4" } else { "IPv6" }
+                )),
+            }
+        }
+        assigned.insert((namespace.clone(), name.clone()), all);
+    }
+    // Whoever was given a VIP earlier keeps it: services that name one come last.
+    let mut taken = BTreeMap::new();
+    let mut entries: Vec<_> = services.iter_mut().collect();
+    entries.sort_by_key(|(_, entry)| entry.service.vip.is_some());
+    for (id, entry) in entries {
+        for vip in &assigned[&(id.namespace.clone(), id.name.clone())] {
+            match taken.insert(frontend(id, *vip), id.clone()) {
+                None => entry.vips.push(*vip),
+                Some(owner) => {
+                    let what = format!(
+                        "service {id}: vip {vip} port {} already belongs to service {owner}",
+                        id.port
+                    );
+                    conflicts.push(what);
+                    taken.insert(frontend(id, *vip), owner);
+                }
+            }
+        }
+    }
+}
+
+/// What the maps should hold of some services.
+pub fn desired<'a>(entries: impl IntoIterator<Item = &'a Arc<Entry>>, node: &impl Node) -> Desired {
+    let frontends = entries
+        .into_iter()
+        .flat_map(|entry| entry.vips.iter().map(move |vip| (entry, *vip, frontend(&entry.service.id, *vip))));
+    let frontends = frontends.filter(|(entry, _, frontend)| !(entry.kept && node.is_adopted(frontend)));
+    frontends.map(|(entry, vip, frontend)| (frontend, entry.wanted(vip, node))).collect()
+}
+
+/// What a service, besides its name, has to itself, and of which families its VIPs have to be.
+fn claims(service: &Service) -> (Option<IpAddr>, &[String], [bool; 2]) {
+    let has = |v4| service.instances.iter().any(|instance| instance.address.is_ipv4() == v4);
+    (service.vip, &service.aliases, [true, false].map(has))
 }
 
 #[derive(Default)]
@@ -223,7 +304,7 @@ impl Entry {
 
     /// What the kernel follows, where so many backends are usable.
     fn settings(&self, usable: usize) -> Settings {
-        let Service { id, affinity, drain, eject, .. } = &self.service;
+        let Service { id, affinity, drain, eject, .. } = &*self.service;
         // Only a handshake can fail.
         let failures = if id.protocol == Protocol::Tcp { eject.failures } else { 0 };
         let most = usable * usize::from(eject.max_percent) / 100;

@@ -329,24 +329,31 @@ async fn merge(
     mut vips: Vips,
     catalog: watch::Sender<Option<Arc<Catalog>>>,
 ) {
+    let mut before = Vec::new();
     loop {
         let states = registries.borrow_and_update().clone();
         let snapshots: Vec<_> = states.iter().map(|state| state.snapshot.clone()).collect();
         // Before anything is known there is nothing to say.
         if snapshots.is_empty() || snapshots.iter().any(Option::is_some) {
-            let mut new = Catalog::build(&snapshots, &mut vips);
-            new.delivered = states.iter().all(State::is_heard);
-            if let Err(error) = vips.save() {
-                tracing::error!("cannot keep the VIPs that were handed out: {error}");
-            }
             let old = catalog.borrow().clone();
-            let known = |conflict: &String| old.as_ref().is_some_and(|old| old.conflicts.contains(conflict));
-            for conflict in new.conflicts.iter().filter(|conflict| !known(conflict)) {
-                tracing::error!("{conflict}");
-            }
-            if old.is_none_or(|old| *old != new) {
+            let followed = old.as_ref().and_then(|old| old.follow(&before, &snapshots));
+            let mut new = followed.unwrap_or_else(|| {
+                let built = Catalog::build(&snapshots, &mut vips);
+                if let Err(error) = vips.save() {
+                    tracing::error!("cannot keep the VIPs that were handed out: {error}");
+                }
+                let known =
+                    |conflict: &String| old.as_ref().is_some_and(|old| old.conflicts.contains(conflict));
+                for conflict in built.conflicts.iter().filter(|conflict| !known(conflict)) {
+                    tracing::error!("{conflict}");
+                }
+                built
+            });
+            new.delivered = states.iter().all(State::is_heard);
+            if old.is_none_or(|old| !new.is(&old)) {
                 catalog.send_replace(Some(Arc::new(new)));
             }
+            before = snapshots;
         }
         if registries.changed().await.is_err() {
             return;

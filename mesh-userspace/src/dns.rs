@@ -142,29 +142,33 @@ async fn follow_names(
     mut report: watch::Receiver<Report>,
     applied: &RwLock<Applied>,
 ) {
+    let mut known: Option<(Report, Arc<Config>)> = None;
     loop {
-        let written = report.borrow_and_update().clone();
-        let current = config.borrow_and_update().clone();
-        rename(core, &current, &written, applied);
-        loop {
-            let changed = tokio::select! {
-                changed = report.changed() => changed,
-                changed = config.changed() => changed,
-            };
-            if changed.is_err() {
-                return;
-            }
-            if !same(&written, &report.borrow()) || current.dns.suffixes != config.borrow().dns.suffixes {
-                break;
-            }
+        let new = (report.borrow_and_update().clone(), config.borrow_and_update().clone());
+        let same = known.as_ref().is_some_and(|(report, config)| {
+            is_named_as(&new.0, report) && config.dns.suffixes == new.1.dns.suffixes
+        });
+        if !same {
+            rename(core, &new.1, &new.0, applied);
+        }
+        known = Some(new);
+        let changed = tokio::select! {
+            changed = report.changed() => changed,
+            changed = config.changed() => changed,
+        };
+        if changed.is_err() {
+            return;
         }
     }
 }
 
-/// Weights change more often than what is served.
-fn same(one: &Report, other: &Report) -> bool {
-    let written = |report: &Report| report.written.as_ref().map(Arc::as_ptr);
-    (written(one), &one.refused, &one.error) == (written(other), &other.refused, &other.error)
+/// Instances change more often than the names they are reached by.
+fn is_named_as(new: &Report, old: &Report) -> bool {
+    let same = match (&new.written, &old.written) {
+        (Some(new), Some(old)) => new.has_names_of(old),
+        (new, old) => new.is_none() && old.is_none(),
+    };
+    same && (&new.refused, &new.error) == (&old.refused, &old.error)
 }
 
 fn rename(core: &Core, config: &Config, report: &Report, applied: &RwLock<Applied>) {

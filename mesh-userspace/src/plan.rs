@@ -21,6 +21,7 @@ pub mod maglev;
 
 use alloc::Alloc;
 pub use applied::Applied;
+use applied::Known;
 
 /// Where a backend listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -47,7 +48,7 @@ pub type Weights = Vec<(u32, u32, Endpoint)>;
 
 /// Tells what a table was made from: a hash, which takes 16 bytes where the weights take 28 for each backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Recipe(u128);
+pub struct Recipe([u8; 16]);
 
 impl Recipe {
     fn of(weights: &Weights) -> Self {
@@ -60,7 +61,7 @@ impl Recipe {
             bytes[24..].copy_from_slice(&endpoint.port.get().to_ne_bytes());
             hash.update(&bytes);
         }
-        Self(hash.digest128())
+        Self(hash.digest128().to_ne_bytes())
     }
 }
 
@@ -181,11 +182,14 @@ impl Planner<'_> {
         if current.is_some_and(|service| service.is_settled_as(wanted)) {
             return Ok(());
         }
-        let backend_of = |endpoint: &Endpoint| current.and_then(|service| service.backends.get(endpoint));
+        let (known_backends, gone) = current.map_or_else(
+            || (vec![None; backends.len()], Vec::new()),
+            |service| matched(backends, &service.backends),
+        );
 
         let refuse = |map, needed, free, max| Err(Refused { frontend, map, needed, free, max });
         let Alloc { services: service_ids, backends: backend_ids, .. } = &self.alloc;
-        let new = backends.keys().filter(|endpoint| backend_of(endpoint).is_none()).count();
+        let new = known_backends.iter().filter(|known| known.is_none()).count();
         if new > backend_ids.free() as usize {
             return refuse(map::BACKENDS, new, backend_ids.free(), backend_ids.max());
         }
@@ -199,8 +203,7 @@ impl Planner<'_> {
         // All this comes before the service word. A backend that is to get no more connections is
         // marked first: the workloads and datagram sockets that keep it look for another one.
         let mut ops = Vec::new();
-        for (&endpoint, &weight) in backends {
-            let known = backend_of(&endpoint);
+        for ((&endpoint, &weight), known) in backends.iter().zip(known_backends) {
             let backend = known.map(|backend| backend.id).unwrap_or_else(|| {
                 taken.push(self.alloc.backends.take().expect("enough are free"));
                 taken[taken.len() - 1]
@@ -212,13 +215,8 @@ impl Planner<'_> {
                 weights.push((backend, u32::from(weight), endpoint));
             }
         }
-        let had = current.into_iter().flat_map(|service| &service.backends);
-        let mut gone = Vec::new();
-        for (&endpoint, known) in had.filter(|(endpoint, _)| !backends.contains_key(*endpoint)) {
-            gone.push(known.id);
-            if known.weight > 0 {
-                ops.push(Op::PutBackend { id: known.id, service: id, endpoint, weight: 0 });
-            }
+        for (endpoint, known) in gone.iter().filter(|(_, known)| known.weight > 0) {
+            ops.push(Op::PutBackend { id: known.id, service: id, endpoint: *endpoint, weight: 0 });
         }
         if current.is_none_or(|service| service.settings != *settings) {
             ops.push(Op::PutSettings { service: id, settings: *settings });
@@ -249,7 +247,7 @@ impl Planner<'_> {
             ops.push(Op::PutFrontend { frontend, service: id });
         }
         self.ops.extend(ops);
-        self.unused.extend(gone.into_iter().map(|id| (id, settings.drain_ms)));
+        self.unused.extend(gone.into_iter().map(|(_, known)| (known.id, settings.drain_ms)));
         Ok(())
     }
 
@@ -271,6 +269,23 @@ impl Planner<'_> {
         }
         Plan { ops: self.ops, refused: self.refused }
     }
+}
+
+/// What is known of each wanted backend, and the known ones that are not wanted. Both are sorted, so one walk
+/// over them will do.
+fn matched(
+    wanted: &BTreeMap<Endpoint, u16>,
+    known: &BTreeMap<Endpoint, Known>,
+) -> (Vec<Option<Known>>, Vec<(Endpoint, Known)>) {
+    let mut known = known.iter().map(|(endpoint, known)| (*endpoint, *known)).peekable();
+    let mut gone = Vec::new();
+    let of = |endpoint| {
+        gone.extend(std::iter::from_fn(|| known.next_if(|(at, _)| at < endpoint)));
+        known.next_if(|(at, _)| at == endpoint).map(|(_, known)| known)
+    };
+    let of_each = wanted.keys().map(of).collect();
+    gone.extend(known);
+    (of_each, gone)
 }
 
 /// A count of map entries; what does not fit is refused before.

@@ -11,10 +11,10 @@ use tokio::{runtime::Handle, sync::watch};
 use mesh_common::abi::Frontend;
 
 use crate::{
-    catalog::{self, Catalog},
+    catalog::{self, Catalog, Entry},
     datapath::{Datapath, Error, Maps, PROGRAMS},
     model::Protocol,
-    plan::{self, Applied, Endpoint, Op},
+    plan::{self, Applied, Endpoint, Op, Plan, Prune},
     upkeep::{Leaving, News},
 };
 
@@ -159,7 +159,7 @@ impl Reconciler {
         let mended = mended.map(drop);
         let mut report = before.clone();
         // A registry's news are written also where something cannot be put back.
-        let written = if known { Ok(before.refused.clone()) } else { self.write(catalog) };
+        let written = if known { Ok(before.refused.clone()) } else { self.write(catalog, &before) };
         let in_place = mended.and_then(|()| self.attach());
         match written.and_then(|refused| in_place.map(|()| refused)) {
             Ok(refused) => {
@@ -188,34 +188,60 @@ impl Reconciler {
     }
 
     /// Writes until nothing is left to write: what did not fit may fit once something else has gone.
-    fn write(&mut self, catalog: &Catalog) -> Result<Vec<String>, Error> {
+    fn write(&mut self, catalog: &Catalog, before: &Report) -> Result<Vec<String>, Error> {
+        if let Some(changes) = self.changes(catalog, before) {
+            let plan = self.plan(changes, Prune::No);
+            if plan.refused.is_empty() {
+                return self.carry_out(&plan.ops).map(|()| Vec::new());
+            }
+        }
         self.warm(catalog);
         loop {
-            let desired = catalog.desired(&Sight {
-                zone: self.zone.as_deref(),
-                adopted: &self.adopted,
-                applied: &self.applied.read().expect("no writer panics"),
-                maps: &self.datapath.maps,
-                warming: &self.warming,
-            });
-            let plan = plan::plan(&desired, &self.applied.read().expect("no writer panics"), catalog.prune());
-            let mut leaving = self.leaving(&plan.ops).into_iter().peekable();
-            for op in &plan.ops {
-                self.datapath.maps.write(op)?;
-                self.applied.write().expect("no writer panics").apply(op);
-                // One after the other: what comes after may fail.
-                let is_its =
-                    |leaving: &Leaving| matches!(op, Op::DeleteBackend { id, .. } if *id == leaving.backend);
-                if let Some(leaving) = leaving.next_if(is_its) {
-                    // Without anybody to tell, the daemon is about to end.
-                    let _ = self.leaving.send(News::Left(leaving));
-                }
-            }
-            self.reclaim();
+            let plan = self.plan(catalog.services.values(), catalog.prune());
+            self.carry_out(&plan.ops)?;
             if plan.refused.is_empty() || plan.ops.is_empty() {
                 return Ok(plan.refused.iter().map(ToString::to_string).collect());
             }
         }
+    }
+
+    /// All that has to be looked at, where that is less than everything: the maps hold what was written
+    /// before, and nothing but a service itself decides on its weights.
+    fn changes<'a>(&self, catalog: &'a Catalog, before: &Report) -> Option<Vec<&'a Arc<Entry>>> {
+        let settled = before.error.is_none() && before.refused.is_empty();
+        let plain = self.zone.is_none() && self.warming.is_empty();
+        let written = before.written.as_ref().filter(|_| settled && plain)?;
+        let changes = catalog.changes(written)?;
+        changes.iter().all(|entry| entry.service.slow_start.is_none()).then_some(changes)
+    }
+
+    fn plan<'a>(&self, entries: impl IntoIterator<Item = &'a Arc<Entry>>, prune: Prune) -> Plan {
+        let applied = self.applied.read().expect("no writer panics");
+        let sight = Sight {
+            zone: self.zone.as_deref(),
+            adopted: &self.adopted,
+            applied: &applied,
+            maps: &self.datapath.maps,
+            warming: &self.warming,
+        };
+        plan::plan(&catalog::desired(entries, &sight), &applied, prune)
+    }
+
+    fn carry_out(&mut self, ops: &[Op]) -> Result<(), Error> {
+        let mut leaving = self.leaving(ops).into_iter().peekable();
+        for op in ops {
+            self.datapath.maps.write(op)?;
+            self.applied.write().expect("no writer panics").apply(op);
+            // One after the other: what comes after may fail.
+            let is_its =
+                |leaving: &Leaving| matches!(op, Op::DeleteBackend { id, .. } if *id == leaving.backend);
+            if let Some(leaving) = leaving.next_if(is_its) {
+                // Without anybody to tell, the daemon is about to end.
+                let _ = self.leaving.send(News::Left(leaving));
+            }
+        }
+        self.reclaim();
+        Ok(())
     }
 
     /// The backends that a plan removes.

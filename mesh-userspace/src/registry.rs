@@ -3,10 +3,14 @@
 
 use std::{path::PathBuf, sync::Arc, time::SystemTime};
 
+use imbl::OrdMap;
 use serde::{Deserialize, Serialize};
 use tokio::{sync::watch, task::JoinHandle};
 
-use crate::{config, model::Service};
+use crate::{
+    config,
+    model::{Service, ServiceId},
+};
 
 mod claims;
 pub mod embedded;
@@ -17,26 +21,40 @@ pub mod rules;
 pub use claims::Claims;
 pub use rules::Rules;
 
+/// A service that has not changed is the same one in the next snapshot: whoever follows a registry looks only
+/// at the others.
+pub type Services = OrdMap<ServiceId, Arc<Service>>;
+
 /// Everything a registry holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Snapshot {
-    pub services: Vec<Service>,
+    pub services: Services,
     /// Services that it said before, perhaps to an earlier run, and has said nothing of since.
-    pub kept: Vec<Service>,
+    pub kept: Services,
     /// Whether what is not in here is really gone. While any registry's snapshot is incomplete,
     /// nothing is removed from the maps.
     pub complete: bool,
 }
 
+/// By their ids.
+pub fn services(all: impl IntoIterator<Item = Arc<Service>>) -> Services {
+    all.into_iter().map(|service| (service.id.clone(), service)).collect()
+}
+
 impl Snapshot {
-    pub fn all(&self) -> impl Iterator<Item = &Service> {
-        self.services.iter().chain(&self.kept)
+    /// Everything there is.
+    pub fn complete(services: Services) -> Self {
+        Self { services, kept: Services::new(), complete: true }
+    }
+
+    pub fn all(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.services.values().chain(self.kept.values())
     }
 
     /// Its services, and of each whether it is one of those that are only kept.
-    pub fn marked(&self) -> impl Iterator<Item = (&Service, bool)> {
-        let services = self.services.iter().map(|service| (service, false));
-        services.chain(self.kept.iter().map(|service| (service, true)))
+    pub fn marked(&self) -> impl Iterator<Item = (&Arc<Service>, bool)> {
+        let services = self.services.values().map(|service| (service, false));
+        services.chain(self.kept.values().map(|service| (service, true)))
     }
 }
 

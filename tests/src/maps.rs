@@ -83,8 +83,8 @@ impl Written {
     }
 
     /// What leads from what is written to what is desired.
-    pub fn plan(&self, desired: &Desired) -> Vec<Op> {
-        let plan = plan::plan(desired, &self.applied, Prune::Yes);
+    pub fn plan(&self, desired: &Desired, prune: Prune) -> Vec<Op> {
+        let plan = plan::plan(desired, &self.applied, prune);
         assert_eq!(plan.refused, [], "it fits");
         plan.ops
     }

@@ -379,12 +379,12 @@ impl Explanation {
             Dialled::Address { address, port } => {
                 let at = entries.filter(|entry| entry.vips.contains(address));
                 let at = at.filter(|entry| port.is_none_or(|port| port == entry.service.id.port.get()));
-                (at.map(|entry| (entry, *address)).collect(), Some((*address, *port)))
+                (at.map(|entry| (&**entry, *address)).collect(), Some((*address, *port)))
             }
             Dialled::Name { name, port } => {
                 let named = entries.filter(|entry| entry.service.answers_to(name));
                 let found: Vec<_> =
-                    named.flat_map(|entry| entry.vips.iter().map(move |vip| (entry, *vip))).collect();
+                    named.flat_map(|entry| entry.vips.iter().map(move |vip| (&**entry, *vip))).collect();
                 let Some((_, vip)) = found.first().copied() else {
                     return Err(format!("no service is named {name:?}, or it has no VIP"));
                 };

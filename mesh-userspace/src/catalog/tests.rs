@@ -3,7 +3,10 @@ use std::num::NonZeroU16;
 use tempfile::TempDir;
 
 use super::*;
-use crate::model::{DRAIN, Eject, Policy};
+use crate::{
+    model::{DRAIN, Eject, Policy},
+    registry::services,
+};
 
 pub(crate) fn service(name: &str, port: u16, vip: Option<&str>, addresses: &[(&str, Health)]) -> Service {
     let instance = |(n, (address, health)): (usize, &(&str, Health))| Instance {
@@ -33,13 +36,16 @@ pub(crate) fn service(name: &str, port: u16, vip: Option<&str>, addresses: &[(&s
     }
 }
 
+/// All that a registry has to say.
+pub(crate) fn said(all: &[Service]) -> Snapshot {
+    Snapshot::complete(services(all.iter().cloned().map(Arc::new)))
+}
+
 fn build(registries: &[&[Service]]) -> Catalog {
     let dir = TempDir::new().unwrap();
     let ranges = ["127.128.0.0/10", "fd00:6d65:7368::/96"].map(|range| range.parse().unwrap());
     let mut vips = Vips::open(dir.path(), ranges.to_vec()).unwrap();
-    let snapshot = |services: &&[Service]| {
-        Some(Arc::new(Snapshot { services: services.to_vec(), complete: true, ..Snapshot::default() }))
-    };
+    let snapshot = |services: &&[Service]| Some(Arc::new(said(services)));
     Catalog::build(&registries.iter().map(snapshot).collect::<Vec<_>>(), &mut vips)
 }
 
@@ -127,7 +133,7 @@ fn the_first_registry_that_names_a_service_owns_it() {
 fn a_vip_that_was_given_out_is_not_taken_over() {
     let dir = TempDir::new().unwrap();
     let mut vips = Vips::open(dir.path(), vec!["127.128.0.0/10".parse().unwrap()]).unwrap();
-    let snapshot = |services| [Some(Arc::new(Snapshot { services, complete: true, ..Snapshot::default() }))];
+    let snapshot = |services: Vec<Service>| [Some(Arc::new(said(&services)))];
     let b = service("b", 80, None, &[]);
     let before = Catalog::build(&snapshot(vec![b.clone()]), &mut vips);
     let vip = before.services[&b.id].vips[0];
@@ -193,8 +199,8 @@ fn what_is_only_kept_does_not_change_what_the_maps_held_already() {
     let dir = TempDir::new().unwrap();
     let mut vips = Vips::open(dir.path(), vec!["127.128.0.0/10".parse().unwrap()]).unwrap();
     let two = ["a", "b"].map(|name| service(name, 80, None, &[("10.0.0.1", Health::Healthy)])).to_vec();
-    let kept = Snapshot { kept: two.clone(), ..Snapshot::default() };
-    let said = Snapshot { services: two, ..Snapshot::default() };
+    let kept = Snapshot { kept: said(&two).services, ..Snapshot::default() };
+    let said = Snapshot { complete: false, ..said(&two) };
     let catalog = Catalog::build(&[Some(Arc::new(kept))], &mut vips);
     assert_eq!((catalog.services.len(), catalog.prune()), (2, Prune::No));
     let first = *catalog.desired(&Nowhere).keys().next().unwrap();
@@ -214,4 +220,48 @@ fn nothing_is_pruned_before_every_registry_has_delivered() {
     assert_eq!(Catalog::build(&[full.clone(), None], &mut vips).prune(), Prune::No);
     assert_eq!(Catalog::build(&[full, part], &mut vips).prune(), Prune::No);
     assert_eq!(Catalog::build(&[], &mut vips).prune(), Prune::No);
+}
+
+/// Catalogs that follow one another are those that are built anew, or are built anew.
+#[test]
+fn what_follows_is_what_would_be_built() {
+    use Health::{Healthy, Unhealthy};
+    let dir = TempDir::new().unwrap();
+    let ranges = ["127.128.0.0/10", "fd00:6d65:7368::/96"].map(|range| range.parse().unwrap());
+    let mut vips = Vips::open(dir.path(), ranges.to_vec()).unwrap();
+    let given = Some("127.128.0.9");
+    let (one, other, six) = (("10.0.0.1", Healthy), ("10.0.0.2", Healthy), ("fd00::1", Healthy));
+    let mut alias = service("a", 80, None, &[one]);
+    alias.aliases = vec!["b".into()];
+    let steps = [
+        (service("a", 80, None, &[one, other]), true),
+        (service("a", 80, None, &[("10.0.0.1", Unhealthy)]), true),
+        (service("a", 80, None, &[one, six]), false),
+        (service("a", 80, given, &[one]), false),
+        (service("a", 81, None, &[one]), false),
+        (alias, false),
+    ];
+    let second = Some(Arc::new(said(&[service("c", 80, given, &[other]), service("a", 80, None, &[other])])));
+    for (new, follows) in steps {
+        let first = said(&[service("a", 80, None, &[one]), service("b", 80, None, &[])]);
+        let now = said(&[new, service("b", 80, None, &[])]);
+        let before = [Some(Arc::new(first)), second.clone()];
+        let now = [Some(Arc::new(now)), second.clone()];
+        let catalog = Catalog::build(&before, &mut vips);
+        let built = Catalog::build(&now, &mut vips);
+        let followed = catalog.follow(&before, &now);
+        assert_eq!(followed, follows.then_some(built.clone()));
+        assert!(!built.is(&catalog) && built.is(&built.clone()));
+        let vips =
+            |catalog: &Catalog| catalog.services.values().map(|entry| entry.vips.clone()).collect::<Vec<_>>();
+        let changes = built.changes(&catalog);
+        assert_eq!(changes.map(|changes| changes.len()), (vips(&built) == vips(&catalog)).then_some(1));
+    }
+    // Nothing of the second registry's is followed where the first one's counts.
+    let before = [Some(Arc::new(said(&[service("a", 80, None, &[one])]))), second.clone()];
+    let third = said(&[service("c", 80, given, &[other]), service("a", 80, None, &[one])]);
+    let catalog = Catalog::build(&before, &mut vips);
+    assert_eq!(catalog.follow(&before, &[before[0].clone(), Some(Arc::new(third))]), None);
+    assert_eq!(catalog.follow(&before, &before), Some(catalog.clone()));
+    assert_eq!(catalog.follow(&before[..1], &before), None);
 }

@@ -44,6 +44,8 @@ pub struct Applied {
 /// What a service word points at, and the ids of the service's backends.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Service {
+    /// Of its frontend.
+    protocol: u8,
     pub base: u32,
     pub policy: Policy,
     /// As the service word has it; the settings may be ahead of it.
@@ -132,6 +134,7 @@ impl Applied {
             let sound = word.exists() && !applied.services.contains_key(&id);
             if sound && applied.alloc.slots.claim(word.base(), word.count()) {
                 let service = Service {
+                    protocol: frontend.protocol,
                     base: word.base(),
                     policy: word.policy(),
                     sticky: word.is_sticky(),
@@ -166,8 +169,7 @@ impl Applied {
     /// A backend's protocol, and where it listens.
     pub fn whereabouts(&self, id: u32) -> Option<(u8, Endpoint)> {
         let (service, endpoint) = self.owners.get(&id)?;
-        let (frontend, _) = self.frontends.iter().find(|(_, id)| *id == service)?;
-        Some((frontend.protocol, *endpoint))
+        Some((self.services.get(service)?.protocol, *endpoint))
     }
 
     /// The backends of every service, with its protocol.
@@ -250,6 +252,7 @@ impl Applied {
             }
             Op::PutFrontend { frontend, service } => {
                 self.frontends.insert(*frontend, *service);
+                self.services.entry(*service).or_default().protocol = frontend.protocol;
             }
             Op::DeleteFrontend { frontend } => {
                 self.frontends.remove(frontend);

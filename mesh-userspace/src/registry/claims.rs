@@ -4,6 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     net::IpAddr,
     num::NonZeroU16,
+    sync::Arc,
 };
 
 use crate::model::{Protocol, Service, ServiceId};
@@ -22,16 +23,27 @@ pub struct Claims {
 impl Claims {
     /// Takes what `service` claims; nothing if part of it is taken, and then says what.
     pub fn add(&mut self, service: &Service) -> Result<(), String> {
+        self.check(service)?;
+        let id = &service.id;
+        let owner = (id.namespace.clone(), id.name.clone());
+        self.names.extend(names(service).map(|name| (name, owner.clone())));
+        if let Some(vip) = service.vip {
+            self.vips.insert((id.namespace.clone(), id.name.clone(), vip.is_ipv4()), vip);
+            self.frontends.insert((vip, id.port, id.protocol), id.clone());
+        }
+        self.services.insert(id.clone());
+        Ok(())
+    }
+
+    /// Whether nothing that `service` claims is taken; otherwise what.
+    fn check(&self, service: &Service) -> Result<(), String> {
         let id = &service.id;
         if self.services.contains(id) {
             return Err("the service is defined twice".into());
         }
         let owner = (id.namespace.clone(), id.name.clone());
-        // Two names that are one in DNS would share a VIP, which is derived from the full name.
-        let names = std::iter::once(&id.name).chain(&service.aliases);
-        let names: Vec<_> = names.map(|name| format!("{name}.{}", id.namespace).to_lowercase()).collect();
-        for name in &names {
-            if let Some((namespace, other)) = self.names.get(name).filter(|known| **known != owner) {
+        for name in names(service) {
+            if let Some((namespace, other)) = self.names.get(&name).filter(|known| **known != owner) {
                 return Err(format!(
                     "the name {name} already belongs to service {other} in namespace {namespace}"
                 ));
@@ -48,11 +60,7 @@ impl Claims {
             if let Some(other) = self.vips.get(&name).filter(|other| **other != vip) {
                 return Err(format!("vip {vip} differs from {other}, the VIP of the same name's other port"));
             }
-            self.vips.insert(name, vip);
-            self.frontends.insert((vip, id.port, id.protocol), id.clone());
         }
-        self.names.extend(names.into_iter().map(|name| (name, owner.clone())));
-        self.services.insert(id.clone());
         Ok(())
     }
 
@@ -60,4 +68,18 @@ impl Claims {
     pub fn add_named(&mut self, service: &Service) -> Result<(), String> {
         self.add(service).map_err(|clash| format!("service {}: {clash}", service.id))
     }
+
+    /// Adds all services of a file, which has none that exclude each other, or none of them.
+    pub fn add_file(&mut self, services: &[Arc<Service>]) -> Result<(), String> {
+        for service in services {
+            self.check(service).map_err(|clash| format!("service {}: {clash}", service.id))?;
+        }
+        services.iter().try_for_each(|service| self.add_named(service))
+    }
+}
+
+/// Two names that are one in DNS would share a VIP, which is derived from the full name.
+fn names(service: &Service) -> impl Iterator<Item = String> {
+    let names = std::iter::once(&service.id.name).chain(&service.aliases);
+    names.map(|name| format!("{name}.{}", service.id.namespace).to_lowercase())
 }

@@ -81,7 +81,7 @@ async fn serve(listener: TcpListener, engine: Engine, start: Start) {
             let told = match &lost {
                 None => (engine.snapshot(), None),
                 Some(kept) => {
-                    let kept = kept.all().cloned().collect();
+                    let kept = super::services(kept.all().cloned());
                     let why = "embedded registry: it holds nothing; what it held is kept until there is a namespace";
                     (Snapshot { kept, ..Snapshot::default() }, Some(why.into()))
                 }

@@ -97,7 +97,7 @@ struct Entry {
     /// What was there when it was last looked at.
     seen: Option<Signature>,
     /// The last good content.
-    services: Option<Vec<Service>>,
+    services: Option<Vec<Arc<Service>>>,
     /// Whether that is a list the file gave, rather than the nothing of an empty file.
     complete: bool,
     error: Option<FileError>,
@@ -219,12 +219,8 @@ impl Source {
             let services = entry.services.as_deref().unwrap_or_default();
             snapshot.complete &= entry.complete;
             error = error.or_else(|| entry.error.clone());
-            let mut with_this = claims.clone();
-            match services.iter().try_for_each(|service| with_this.add_named(service)) {
-                Ok(()) => {
-                    claims = with_this;
-                    snapshot.services.extend_from_slice(services);
-                }
+            match claims.add_file(services) {
+                Ok(()) => snapshot.services.extend(super::services(services.iter().cloned())),
                 Err(clash) => {
                     snapshot.complete = false;
                     error = error.or_else(|| Some(FileError::new(path, format!("{clash}, in another file"))));
@@ -243,7 +239,7 @@ impl Source {
         for service in gone.chain(self.kept.iter().flat_map(|kept| kept.all())) {
             // What is named by now is no longer kept.
             if claims.add(service).is_ok() {
-                snapshot.kept.push(service.clone());
+                snapshot.kept.insert(service.id.clone(), service.clone());
             }
         }
         let changed = self.published.as_ref() != Some(&snapshot);
@@ -259,7 +255,10 @@ impl Entry {
         let parsed = read_limited(path).and_then(|text| format::parse(path, &text, rules));
         self.error = None;
         match parsed {
-            Ok(Some(services)) => (self.services, self.complete) = (Some(services), true),
+            Ok(Some(services)) => {
+                self.services = Some(services.into_iter().map(Arc::new).collect());
+                self.complete = true;
+            }
             Ok(None) if !keep && self.services.as_ref().is_none_or(Vec::is_empty) => {
                 // Nothing to keep; an empty file still does not say that nothing exists.
                 self.services = Some(Vec::new());

@@ -111,6 +111,7 @@ fn read(path: &Path, state: &State, rules: &Rules) -> Result<Option<(Snapshot, S
         tracing::warn!("{}: {why}; it is left out", path.display());
     }
     let last_sync = meta.modified().map_err(|error| error.to_string())?;
+    let kept = super::services(kept.into_iter().map(Arc::new));
     Ok(Some((Snapshot { kept, ..Snapshot::default() }, last_sync)))
 }
 

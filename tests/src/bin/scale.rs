@@ -29,8 +29,8 @@ use mesh_userspace::{
     catalog::{self, Catalog, vip::Vips},
     datapath::{Pins, pinned_maps},
     model::{DRAIN, Eject, Health, Instance, Policy, Protocol, Service, ServiceId},
-    plan::{Desired, Endpoint, Op, applied::Sizes},
-    registry::Snapshot,
+    plan::{Endpoint, Op, Prune, applied::Sizes},
+    registry::{self, Snapshot},
 };
 
 fn main() {
@@ -110,12 +110,8 @@ fn table(services: u32, backends: u32, changes: u32) {
     let mut vips = Vips::open(state.path(), Vec::new()).expect("no VIPs yet");
     let mut written = Written::new(sizes);
     let before = anonymous();
-    let snapshot = Snapshot {
-        services: (0..services).map(|n| service(n, backends)).collect(),
-        complete: true,
-        ..Snapshot::default()
-    };
-    let snapshots = [Some(Arc::new(snapshot))];
+    let all_services = (0..services).map(|n| Arc::new(service(n, backends)));
+    let snapshots = [Some(Arc::new(Snapshot::complete(registry::services(all_services))))];
 
     let mut times = BTreeMap::new();
     let start = Instant::now();
@@ -123,10 +119,10 @@ fn table(services: u32, backends: u32, changes: u32) {
     times.insert("catalog", start.elapsed());
     let kept = anonymous();
     let desired_from = Instant::now();
-    let mut desired = catalog.desired(&Node);
+    let desired = catalog.desired(&Node);
     times.insert("desired", desired_from.elapsed());
     let plan_from = Instant::now();
-    let ops = written.plan(&desired);
+    let ops = written.plan(&desired, Prune::Yes);
     times.insert("plan", plan_from.elapsed());
     let write_from = Instant::now();
     for op in &ops {
@@ -137,18 +133,18 @@ fn table(services: u32, backends: u32, changes: u32) {
     for (part, time) in times {
         say(&format!("cold load: {part}"), time.as_secs_f64() * 1e3, "ms");
     }
-    drop(ops);
+    drop((ops, desired));
     say("memory of snapshot and catalog", (kept - before) / f64::from(all), "B");
     // Of what is copied anew, twice: the first one goes into holes that the load has left.
     let hole = written.applied.clone();
     let from = anonymous();
     let copy = written.applied.clone();
     say("memory of the mirror", (anonymous() - from) / f64::from(all), "B");
-    drop((hole, copy, catalog, snapshots));
+    drop((hole, copy));
     say("kernel memory", locked(written.pin_dir(), &sizes), "B");
 
     look_up(&mut written, services);
-    change(&mut written, &mut desired, services, backends, changes);
+    change(&mut written, snapshots, catalog, (services, backends, changes));
 }
 
 /// One choice by the kernel's code, less what drawing a service costs.
@@ -176,18 +172,28 @@ fn look_up(written: &mut Written, services: u32) {
     assert_eq!(words.load(lookup::Verdict::Missed as u32), 0, "every look-up finds a backend");
 }
 
-/// From what is desired now to the store of the service word that shows it, for one backend exchanged.
-fn change(written: &mut Written, desired: &mut Desired, services: u32, backends: u32, changes: u32) {
+/// From a registry's snapshot, in which one backend has been exchanged, to the store of the service word that
+/// shows it; done as the daemon does it.
+fn change(
+    written: &mut Written,
+    mut before: [Option<Arc<Snapshot>>; 1],
+    mut catalog: Catalog,
+    (services, backends, changes): (u32, u32, u32),
+) {
     let mut times = Vec::new();
     for n in 0..changes {
-        let frontend = lookup::frontend(n.wrapping_mul(2_654_435_761) % services);
-        let wanted = desired.get_mut(&frontend).expect("it is there");
-        let (gone, weight) = wanted.backends.pop_first().expect("it has a backend");
+        let mut snapshot = Snapshot::clone(before[0].as_ref().expect("it was made"));
+        let changed = service(n.wrapping_mul(2_654_435_761) % services, 0).id;
+        let mut changed = Service::clone(&snapshot.services[&changed]);
         let (address, _) = lookup::endpoint(n, 2 + n, backends);
-        wanted.backends.insert(Endpoint { address, ..gone }, weight);
+        changed.instances[0].address = IpAddr::V6(Ipv6Addr::from(address.octets()));
+        snapshot.services.insert(changed.id.clone(), Arc::new(changed));
+        let now = [Some(Arc::new(snapshot))];
 
         let start = Instant::now();
-        let ops = written.plan(desired);
+        let new = catalog.follow(&before, &now).expect("nothing else is claimed");
+        let changes = new.changes(&catalog).expect("the frontends are the same");
+        let ops = written.plan(&catalog::desired(changes, &Node), Prune::No);
         let (visible, rest) =
             ops.split_at(ops.iter().position(|op| matches!(op, Op::Grace)).expect("a change"));
         visible.iter().for_each(|op| written.write(op));
@@ -200,6 +206,7 @@ fn change(written: &mut Written, desired: &mut Desired, services: u32, backends:
             written.applied.apply(op);
         }
         written.reclaim();
+        (before, catalog) = (now, new);
     }
     times.sort_unstable();
     for (what, share) in [("one change visible, p50", 50), ("one change visible, p99", 99)] {

@@ -21,7 +21,7 @@ use mesh_tests::{
 };
 use mesh_userspace::{
     datapath::sys::Words,
-    plan::{Desired, Endpoint, Op, Wanted, applied::Sizes},
+    plan::{Desired, Endpoint, Op, Prune, Wanted, applied::Sizes},
 };
 
 const SERVICES: u32 = 512;
@@ -191,7 +191,7 @@ fn hammer(fault: Fault, count: u64) -> Report {
 
 /// Writes what leads to the world as it is now; how many operations.
 fn write(written: &mut Written, world: &World, changed: &[u32], words: &Words, fault: Fault) -> u64 {
-    let ops = written.plan(&world.desired);
+    let ops = written.plan(&world.desired, Prune::Yes);
     for (op, next) in ops.iter().zip(ops[1..].iter().map(Some).chain([None])) {
         match (fault, op, next) {
             (Fault::WordBeforeSlots, Op::PutSlots { .. }, Some(word @ Op::PutService { .. })) => {

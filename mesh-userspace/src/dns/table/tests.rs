@@ -2,9 +2,9 @@ use std::sync::Arc;
 
 use super::*;
 use crate::{
-    catalog::vip::Vips,
+    catalog::{tests::said, vip::Vips},
     model::{Protocol, Service},
-    registry::{Snapshot, rules},
+    registry::rules,
 };
 
 /// `name.namespace:port/protocol`, VIP, aliases.
@@ -22,7 +22,7 @@ pub(in crate::dns) fn service(id: &str, vip: &str, aliases: &[&str]) -> Service 
 pub(in crate::dns) fn catalog(services: &[Service]) -> Catalog {
     let dir = tempfile::TempDir::new().unwrap();
     let mut vips = Vips::open(dir.path(), rules::for_tests().vip_ranges).unwrap();
-    let snapshot = Snapshot { services: services.to_vec(), complete: true, ..Snapshot::default() };
+    let snapshot = said(services);
     let mut catalog = Catalog::build(&[Some(Arc::new(snapshot))], &mut vips);
     assert_eq!(catalog.conflicts, [""; 0]);
     catalog.delivered = true;

@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::Path,
+    sync::Arc,
     time::Instant,
 };
 
@@ -22,7 +23,7 @@ use super::{
 };
 use crate::{
     model,
-    registry::{Rules, Snapshot},
+    registry::{Rules, Services, Snapshot},
 };
 
 /// As many calls are written at a time.
@@ -41,7 +42,9 @@ pub struct Engine {
     rules: Rules,
     leases: Leases,
     /// Service id → what it is to mesh, and what is wrong with it.
-    translated: BTreeMap<String, (Option<model::Service>, Vec<String>)>,
+    translated: BTreeMap<String, (Option<Arc<model::Service>>, Vec<String>)>,
+    /// Those that are something to mesh.
+    services: Services,
     /// Services whose translation is out of date.
     changed: BTreeSet<String>,
 }
@@ -52,7 +55,15 @@ impl Engine {
         let state = store.load()?;
         let leases = Leases::of(&state, Instant::now());
         let changed = state.services.keys().cloned().collect();
-        Ok(Self { store, state, rules, leases, translated: BTreeMap::new(), changed })
+        Ok(Self {
+            store,
+            state,
+            rules,
+            leases,
+            translated: BTreeMap::new(),
+            services: Services::new(),
+            changed,
+        })
     }
 
     /// Whether nothing was ever created, or everything was deleted.
@@ -144,25 +155,27 @@ impl Engine {
     /// Everything, as mesh has it; also says what is wrong with services, once.
     pub fn snapshot(&mut self) -> Snapshot {
         for id in std::mem::take(&mut self.changed) {
-            let Some(service) = self.state.services.get(&id) else {
-                self.translated.remove(&id);
-                continue;
-            };
+            let known = self.translated.remove(&id).unwrap_or_default();
+            if let Some(service) = &known.0 {
+                self.services.remove(&service.id);
+            }
+            let Some(service) = self.state.services.get(&id) else { continue };
             let Ok(namespace) = self.state.namespace(&service.namespace) else { continue };
             let instances = self.state.instances(&id);
-            let known = self.translated.remove(&id).unwrap_or_default();
             let new = match translate::service(namespace, service, instances, &self.rules) {
-                Ok(new) => new,
+                Ok((service, wrong)) => (service.map(Arc::new), wrong),
                 // What works stays until there is something better.
                 Err(why) => (known.0, vec![why]),
             };
+            if let Some(service) = &new.0 {
+                self.services.insert(service.id.clone(), service.clone());
+            }
             for why in new.1.iter().filter(|why| !known.1.contains(why)) {
                 tracing::warn!("embedded registry: {why}; it is left out");
             }
             self.translated.insert(id, new);
         }
-        let services = self.translated.values().filter_map(|(service, _)| service.clone()).collect();
-        Snapshot { services, kept: Vec::new(), complete: true }
+        Snapshot::complete(self.services.clone())
     }
 }
 

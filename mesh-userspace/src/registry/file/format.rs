@@ -233,7 +233,7 @@ pub(in crate::registry) struct ToRecords<'a>(pub &'a Snapshot);
 
 impl Serialize for ToRecords<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_seq(self.0.all().map(RawService::from))
+        serializer.collect_seq(self.0.all().map(|service| RawService::from(&**service)))
     }
 }
 

@@ -1,7 +1,7 @@
 use tempfile::TempDir;
 
 use super::*;
-use crate::registry::rules;
+use crate::registry::{rules, services as by_id};
 
 const SERVICES: &str = r#"
 [[service]]
@@ -42,7 +42,7 @@ fn delivered(services: &str) -> State {
     fs::write(&path, services).unwrap();
     let services = format::parse(&path, services, &rules::for_tests()).unwrap();
     let mut state = State::new("file", SOURCE.into());
-    let snapshot = Snapshot { services: services.unwrap(), complete: true, ..Snapshot::default() };
+    let snapshot = Snapshot::complete(by_id(services.unwrap().into_iter().map(Arc::new)));
     state.update(Some(snapshot), None);
     state
 }
@@ -104,7 +104,7 @@ fn what_a_file_must_not_say_is_left_out() {
     let names = |text: &str| -> Option<Vec<String>> {
         fs::write(file(&dir), text).unwrap();
         let snapshot = restored(&dir).snapshot?;
-        Some(snapshot.kept.iter().map(|service| service.id.name.clone()).collect())
+        Some(snapshot.kept.keys().map(|id| id.name.clone()).collect())
     };
     assert_eq!(names(&good).unwrap(), ["a", "b"]);
     for (from, to) in [
