@@ -332,27 +332,27 @@ fn all_ways_through_three_worlds_of_two_services_are_safe() {
     }
 }
 
+fn all_changes_are_safe(worlds: &[Desired]) {
+    for a in worlds {
+        for b in worlds {
+            is_safe(&[a, b], as_planned).unwrap();
+        }
+    }
+}
+
 /// One service with up to three backends of every weight; weight zero is a backend that is unhealthy or
 /// draining.
 #[test]
 fn all_changes_of_a_service_with_three_backends_are_safe() {
     let worlds = worlds(&[services(0, 3, &WEIGHTS, &RANDOM)]);
-    for a in &worlds {
-        for b in &worlds {
-            is_safe(&[a, b], as_planned).unwrap();
-        }
-    }
+    all_changes_are_safe(&worlds);
 }
 
 #[test]
 fn all_changes_of_policy_are_safe() {
     let policies = [Policy::Random, Policy::LeastConnections, Policy::RoundRobin];
     let worlds = worlds(&[services(0, 2, &WEIGHTS, &policies)]);
-    for a in &worlds {
-        for b in &worlds {
-            is_safe(&[a, b], as_planned).unwrap();
-        }
-    }
+    all_changes_are_safe(&worlds);
 }
 
 /// A crash after any store, then a start with any target: what it leads to is what is wanted, with nothing

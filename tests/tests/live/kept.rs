@@ -116,17 +116,22 @@ fn a_node_that_reboots_without_its_registry_serves_what_it_said_last() {
     assert_eq!(registry(&mesh)["state"], "synced");
 }
 
-#[test]
-fn maps_that_outlived_the_daemon_know_better_than_the_state_folder() {
-    let (old, new) = (Server::start("old"), Server::start("new"));
-    let mut mesh = Mesh::start(&echo(&old));
+/// A daemon that was killed before it had kept what its maps hold.
+fn behind((old, new): &(Server, Server)) -> Mesh {
+    let mut mesh = Mesh::start(&echo(old));
     let path = kept(&mesh);
     let before = fs::read(&path).unwrap();
-    mesh.write(&echo(&new));
+    mesh.write(&echo(new));
     wait_until("the change", || dial(&mesh) == "new");
     mesh.kill();
-    // As if the kill had come before the file was written.
     fs::write(&path, before).unwrap();
+    mesh
+}
+
+#[test]
+fn maps_that_outlived_the_daemon_know_better_than_the_state_folder() {
+    let servers = (Server::start("old"), Server::start("new"));
+    let mut mesh = behind(&servers);
     away(&mesh);
     mesh.launch();
     mesh.ready();
@@ -138,14 +143,8 @@ fn maps_that_outlived_the_daemon_know_better_than_the_state_folder() {
 
 #[test]
 fn programs_that_run_on_other_maps_know_better_than_the_state_folder() {
-    let (old, new) = (Server::start("old"), Server::start("new"));
-    let mut mesh = Mesh::start(&echo(&old));
-    let path = kept(&mesh);
-    let before = fs::read(&path).unwrap();
-    mesh.write(&echo(&new));
-    wait_until("the change", || dial(&mesh) == "new");
-    mesh.kill();
-    fs::write(&path, before).unwrap();
+    let servers = (Server::start("old"), Server::start("new"));
+    let mut mesh = behind(&servers);
     // As if that daemon had another layout of the maps.
     let maps = mesh.map_pin("SLOTS").parent().unwrap().to_owned();
     fs::rename(maps, mesh.pin_dir.join("abi-0")).unwrap();
