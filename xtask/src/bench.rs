@@ -5,12 +5,13 @@ use std::{fmt::Write as _, fs};
 use serde_json::{Value, json};
 
 use crate::{
-    build,
+    build, setup,
     tools::{again_as_root, commit, root},
 };
 
 mod arms;
 mod connect;
+mod names;
 mod policies;
 mod scale;
 mod stats;
@@ -37,11 +38,12 @@ pub(crate) struct Args {
 enum Part {
     Connect,
     Policies,
+    Names,
     Scale,
 }
 
 impl Part {
-    const ALL: [Self; 3] = [Self::Connect, Self::Policies, Self::Scale];
+    const ALL: [Self; 4] = [Self::Connect, Self::Policies, Self::Names, Self::Scale];
 
     fn name(self) -> String {
         clap::ValueEnum::to_possible_value(&self).expect("every part has a name").get_name().to_owned()
@@ -56,6 +58,7 @@ impl Part {
                 Ok(rows)
             }
             Self::Policies => policies::measure(batches),
+            Self::Names => names::measure(batches),
             Self::Scale => scale::measure(),
         }
     }
@@ -65,6 +68,8 @@ impl Part {
         let measure = row["measure"].as_str().unwrap_or_default();
         let of = if scale::is_ours(row) {
             Self::Scale
+        } else if names::is_ours(row) {
+            Self::Names
         } else if measure.starts_with(policies::MEASURE) {
             Self::Policies
         } else {
@@ -77,6 +82,9 @@ impl Part {
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if !args.built {
         build::mesh()?;
+        if args.only.is_none_or(|only| only == Part::Names) {
+            setup::name_servers()?;
+        }
     }
     let mode = if args.quick { Some("--quick") } else { args.full.then_some("--full") };
     let only = args.only.map(|part| format!("--only={}", part.name()));
@@ -124,6 +132,7 @@ fn report(rows: &[Value], batches: usize) -> anyhow::Result<()> {
         "load": fs::read_to_string("/proc/loadavg")?.trim(),
         "slices_per_arm": batches * connect::ROUNDS,
         "calls_per_slice": connect::SLICE,
+        "name_servers": names::versions(),
         "note": "direct sockets are outside the managed cgroup, but on the same kernel: the static key that any \
                  attached connect program turns on is in every arm",
     });
@@ -142,7 +151,7 @@ fn report(rows: &[Value], batches: usize) -> anyhow::Result<()> {
 fn markdown(rows: &[Value]) -> anyhow::Result<String> {
     let mut text =
         String::from("| measure | arm | median | vs direct (95 % interval) |\n|---|---|---|---|\n");
-    for row in rows.iter().filter(|row| !scale::is_ours(row)) {
+    for row in rows.iter().filter(|row| !scale::is_ours(row) && !names::is_ours(row)) {
         let word = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
         let ratio = &row["vs_direct"];
         let number = |key: &str| ratio[key].as_f64().unwrap_or_default();
@@ -153,5 +162,5 @@ fn markdown(rows: &[Value]) -> anyhow::Result<String> {
         let value = row["value"].as_f64().unwrap_or_default();
         writeln!(text, "| {} | {} | {value:.0} {} | {versus} |", word("measure"), word("arm"), word("unit"))?;
     }
-    Ok(text + &scale::markdown(rows))
+    Ok(text + &names::markdown(rows) + &scale::markdown(rows))
 }

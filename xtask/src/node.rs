@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::ErrorKind,
-    net::TcpListener,
+    net::{SocketAddr, TcpListener},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
@@ -24,6 +24,8 @@ pub(crate) struct Node {
     pub(crate) web: String,
     /// Where an embedded registry listens, if there is one instead of the services file.
     pub(crate) embedded: Option<String>,
+    /// Where the daemon answers names, if it does.
+    pub(crate) names: Option<SocketAddr>,
     daemon: Option<Child>,
 }
 
@@ -43,6 +45,7 @@ impl Node {
             pin_dir: Path::new("/sys/fs/bpf").join(name),
             web: usual_address(9464)?,
             embedded: None,
+            names: None,
             socket,
             dir,
             daemon: None,
@@ -85,13 +88,14 @@ impl Node {
         };
         let text = format!(
             "[node]\ncgroup = {:?}\npin_dir = {:?}\nstate_dir = {:?}\n\n[api]\nsocket = {:?}\n\n\
-             [web]\nlisten = {:?}\n\n[dns]\nlisten = []\nupstream = []\n\n[backends]\nallow_loopback = true\n\n\
+             [web]\nlisten = {:?}\n\n[dns]\nlisten = {:?}\nupstream = []\n\n[backends]\nallow_loopback = true\n\n\
              [[registry]]\n{registry}",
             self.cgroup,
             self.pin_dir,
             self.dir.join("state"),
             self.socket,
             self.web,
+            Vec::from_iter(self.names.map(|address| address.to_string())),
         );
         Ok(fs::write(&self.config, text)?)
     }

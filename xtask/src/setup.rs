@@ -52,6 +52,10 @@ const PACKAGES: &[(&str, &str)] = &[
 const LATER_PACKAGES: [(&str, &str); 1] =
     [("virtiofsd", "test -x /usr/libexec/virtiofsd || test -x /usr/lib/qemu/virtiofsd")];
 
+/// What the benchmark of names compares with, and measures by.
+const NAME_SERVERS: &[(&str, &str)] =
+    &[("dnsperf", "dnsperf -h"), ("dnsmasq-base", "dnsmasq --version"), ("unbound", "unbound -V")];
+
 /// The kernels that the datapath is tested on besides the running one, as Debian packages them.
 const KERNELS: [(&str, &str); 2] = [
     ("6.1", r"^linux-image-6\.1\.[0-9]+-[0-9]+-cloud-amd64$"),
@@ -71,6 +75,11 @@ pub(crate) fn everything() -> anyhow::Result<()> {
         return Ok(());
     }
     KERNELS.iter().try_for_each(|(series, pattern)| kernel(series, pattern))
+}
+
+/// What the benchmark of names needs.
+pub(crate) fn name_servers() -> anyhow::Result<()> {
+    packages(NAME_SERVERS)
 }
 
 /// What the build needs.
