@@ -285,11 +285,14 @@ fn validate(file: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// What is logged if nothing else is said. hickory warns of every packet that it does not believe, so
+/// whoever can send some could fill the disk.
+const LOG: &str = "info,hickory=error";
+
 fn init_logging() {
     let filter = tracing_subscriber::EnvFilter::builder()
         .with_default_directive(tracing::level_filters::LevelFilter::INFO.into())
-        .with_env_var("MESH_LOG")
-        .from_env_lossy();
+        .parse_lossy(std::env::var("MESH_LOG").as_deref().unwrap_or(LOG));
     let colour = io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colour).with_writer(io::stderr).init();
 }

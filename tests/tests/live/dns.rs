@@ -18,13 +18,13 @@ use mesh_tests::{
 const VIP: &str = "127.128.6.1";
 
 /// A daemon that listens on a loopback address of its own, and asks these for what it does not know.
-struct Names {
-    mesh: Mesh,
+pub(crate) struct Names {
+    pub(crate) mesh: Mesh,
     address: Ipv4Addr,
 }
 
 impl Names {
-    fn prepare(services: &str, upstream: &[&Dns]) -> Self {
+    pub(crate) fn prepare(services: &str, upstream: &[&Dns]) -> Self {
         static COUNT: AtomicU8 = AtomicU8::new(1);
         let [_, _, high, low] = std::process::id().to_be_bytes();
         let address = Ipv4Addr::new(127, 64 + high % 32, low, COUNT.fetch_add(1, Ordering::Relaxed));
@@ -53,12 +53,12 @@ impl Names {
     }
 
     /// The data of the records alone.
-    fn short(&self, question: &[&str]) -> String {
+    pub(crate) fn short(&self, question: &[&str]) -> String {
         self.dig(&[question, &["+short"]].concat()).trim().to_owned()
     }
 
     /// `NOERROR` and the like.
-    fn status(&self, question: &[&str]) -> String {
+    pub(crate) fn status(&self, question: &[&str]) -> String {
         let all = self.dig(question);
         let status = all.split_once("status: ").and_then(|(_, rest)| rest.split_once(','));
         status.unwrap_or_else(|| panic!("{all}")).0.to_owned()
@@ -281,12 +281,19 @@ fn garbage_and_idle_connections_keep_nobody_out() {
             &reply[..length]
         );
     }
+    // An option that is cut off is left out.
+    let cut = b"\x00\x00\x29\x10\x00\x00\x00\x00\x00\x00\x06\x00\x0a\x00\x03ab";
+    hostile.send_to(&[&header[..], question, cut].concat(), at).unwrap();
+    let mut reply = [0; 512];
+    let length = hostile.recv(&mut reply).unwrap();
+    assert_eq!(reply[3] & 15, 0, "{:?}", &reply[..length]);
     for length in [0, 1, 11, 600, 5000, 60000] {
         hostile.send_to(&vec![0xa5; length], at).unwrap();
     }
     // Answers to questions that nobody asked.
     hostile.send_to(b"\x12\x34\x81\x80\x00\x01\x00\x00\x00\x00\x00\x00\x00\x00\x01\x00\x01", at).unwrap();
     assert!(hostile.recv(&mut [0; 512]).is_err(), "an answer to garbage");
+    assert!(!names.mesh.log().contains("EDNS"), "a line of log for what any task may send");
 
     let start = Instant::now();
     let idle: Vec<_> = (0..200).map(|_| TcpStream::connect(at).unwrap()).collect();

@@ -9,6 +9,7 @@ mod datagram;
 mod dns;
 mod eject;
 mod embedded;
+mod forged;
 mod hammer;
 mod input;
 mod intercept;
