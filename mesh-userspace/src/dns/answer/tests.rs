@@ -1,4 +1,4 @@
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use hickory_resolver::proto::{op::EdnsFlags, rr::Name};
 use proptest::prelude::*;
@@ -177,7 +177,90 @@ async fn without_anybody_to_ask_questions_are_refused_where_that_is_meant_to_be(
     }
 }
 
+/// A question, mostly a good one: names of ours, above, below and beside them, any type, flags and EDNS.
+fn questions() -> impl Strategy<Value = Vec<u8>> {
+    let name = prop_oneof![
+        4 => proptest::sample::select(vec![
+            "a.service.local.", "short.", "many.service.local.", "_80._tcp.a.service.local.", "service.local.",
+            "nobody.service.local.", "x.a.service.local.", "10.0.128.127.in-addr.arpa.", "www.example.com.", ".",
+        ])
+        .prop_map(|name| Name::from_ascii(name).unwrap()),
+        1 => proptest::collection::vec(proptest::collection::vec(any::<u8>(), 1..=63), 0..=3)
+            .prop_map(|labels| Name::from_labels(labels).unwrap()),
+    ];
+    let kind = prop_oneof![3 => proptest::sample::select(vec![1, 28, 33, 12, 255]), 1 => any::<u16>()];
+    // Version, payload, options as they are.
+    let edns = (0u8..2, any::<u16>(), proptest::collection::vec(any::<u8>(), 0..20));
+    (name, kind, proptest::option::of(edns), 0u8..=255, 0u16..3).prop_map(
+        |(name, kind, edns, flags, more)| {
+            let mut message = question("x.", RecordType::from(kind)).to_vec().unwrap();
+            message.truncate(12);
+            message[2] = if flags < 32 { flags } else { 1 };
+            // Rarely another number of questions than there is.
+            message[5] = if more == 2 { flags % 4 } else { 1 };
+            message[11] = edns.is_some().into();
+            message.extend(name.to_bytes().unwrap());
+            message.extend([kind.to_be_bytes(), [0, 1]].concat());
+            if let Some((version, payload, options)) = edns {
+                let length = u16::try_from(options.len()).unwrap();
+                message.extend([0, 0, 41]);
+                message.extend([payload.to_be_bytes(), [0, version], [0, 0], length.to_be_bytes()].concat());
+                message.extend(options);
+            }
+            message
+        },
+    )
+}
+
+/// What is done to its bytes; places and lengths are taken modulo what there is.
+#[derive(Clone, Debug)]
+enum Damage {
+    Set(usize, u8),
+    Cut(usize),
+    /// A compression pointer, also to itself and to others.
+    Point(usize, u16),
+    /// A part comes a second time.
+    Repeat(usize, usize),
+    Insert(usize, Vec<u8>),
+}
+
+fn damages() -> impl Strategy<Value = Vec<Damage>> {
+    let at = || 0usize..600;
+    let damage = prop_oneof![
+        3 => (at(), any::<u8>()).prop_map(|(at, byte)| Damage::Set(at, byte)),
+        1 => at().prop_map(Damage::Cut),
+        3 => (at(), 0u16..80).prop_map(|(at, to)| Damage::Point(at, to)),
+        1 => (at(), at()).prop_map(|(at, length)| Damage::Repeat(at, length)),
+        1 => (at(), proptest::collection::vec(any::<u8>(), 1..40)).prop_map(|(at, bytes)| Damage::Insert(at, bytes)),
+    ];
+    proptest::collection::vec(damage, 0..4)
+}
+
+fn damaged(mut bytes: Vec<u8>, damages: Vec<Damage>) -> Vec<u8> {
+    for damage in damages {
+        let length = bytes.len();
+        match damage {
+            Damage::Set(at, byte) if length > 0 => bytes[at % length] = byte,
+            Damage::Cut(at) => bytes.truncate(at % (length + 1)),
+            Damage::Point(at, to) if length > 1 => {
+                let at = at % (length - 1);
+                bytes[at..at + 2].copy_from_slice(&(0xc000 | to).to_be_bytes());
+            }
+            Damage::Repeat(at, part) if length > 0 => {
+                let at = at % length;
+                bytes.extend_from_within(at..(at + part).min(length));
+            }
+            Damage::Insert(at, more) => drop(bytes.splice(at % (length + 1)..at % (length + 1), more)),
+            _ => {}
+        }
+    }
+    bytes
+}
+
 proptest! {
+    // `PROPTEST_CASES` says otherwise.
+    #![proptest_config(ProptestConfig::with_cases(20_000))]
+
     /// Whatever comes, what goes out is a message, is an answer to it, and fits.
     #[test]
     fn no_bytes_break_it(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
@@ -185,25 +268,30 @@ proptest! {
     }
 
     #[test]
-    fn no_damage_to_a_question_breaks_it(at in 0usize..64, with in any::<u8>(), cut in 0usize..80) {
-        let mut message = question("many.service.local.", RecordType::SRV);
-        message.edns = Some(Edns::new());
-        let mut bytes = message.to_vec().unwrap();
-        bytes.truncate(cut);
-        if let Some(byte) = bytes.get_mut(at) {
-            *byte = with;
-        }
-        answers_or_ignores(&bytes);
+    fn no_damage_to_a_question_breaks_it(bytes in questions(), damages in damages()) {
+        answers_or_ignores(&damaged(bytes, damages));
     }
 }
 
 fn answers_or_ignores(bytes: &[u8]) {
-    if let Some((answer, length)) = ask_bytes(&core(), bytes, local(), Transport::Udp) {
-        assert_eq!(answer.metadata.id.to_be_bytes(), bytes[..2]);
-        assert_eq!(answer.metadata.message_type, MessageType::Response);
-        assert!(length <= MAX_UDP.into());
-        if let Some(record) = answer.answers.first() {
-            assert_eq!(record.name, answer.queries[0].name);
+    static CORE: LazyLock<Core> = LazyLock::new(core);
+    for transport in [Transport::Udp, Transport::Tcp] {
+        match CORE.ask(bytes, local(), transport) {
+            Asked::Ignored => assert!(bytes.len() < 12 || bytes[2] & 0x80 != 0, "a question is ignored"),
+            Asked::Answered(reply) => {
+                let answer = Message::from_vec(&reply).unwrap();
+                assert_eq!(answer.metadata.id.to_be_bytes(), bytes[..2]);
+                assert_eq!(answer.metadata.message_type, MessageType::Response);
+                assert!(transport == Transport::Tcp || reply.len() <= MAX_UDP.into());
+                if let Some(record) = answer.answers.first() {
+                    assert_eq!(record.name, answer.queries[0].name);
+                }
+            }
+            Asked::Elsewhere(question) => {
+                let name = question.query.unwrap().name;
+                let suffix = Name::from_ascii("service.local.").unwrap();
+                assert!(!suffix.zone_of(&name), "{name} leaves the node");
+            }
         }
     }
 }
