@@ -1,7 +1,7 @@
 //! All registries' services as one, with their VIPs: what the node should serve.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     net::IpAddr,
     sync::Arc,
     time::Duration,
@@ -152,6 +152,11 @@ impl Catalog {
                 entry.instances(*vip).map(move |instance| (&*entry.service, frontend, endpoint(instance)))
             })
         })
+    }
+
+    /// `name.namespace` of every service.
+    pub fn names(&self) -> HashSet<String> {
+        self.services.keys().map(|id| format!("{}.{}", id.name, id.namespace)).collect()
     }
 
     pub fn prune(&self) -> Prune {

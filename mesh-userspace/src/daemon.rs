@@ -9,6 +9,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, RwLock, atomic::AtomicBool, atomic::Ordering, mpsc},
+    time::Duration,
 };
 
 use anyhow::{Context, anyhow, bail};
@@ -19,6 +20,7 @@ use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::{oneshot, watch},
     task::JoinHandle,
+    time::{Instant, MissedTickBehavior},
 };
 
 use crate::{
@@ -329,6 +331,10 @@ async fn merge(
     mut vips: Vips,
     catalog: watch::Sender<Option<Arc<Catalog>>>,
 ) {
+    const HOUR: Duration = Duration::from_secs(3600);
+    let mut hour = tokio::time::interval_at(Instant::now() + HOUR, HOUR);
+    // Never less than an hour between two.
+    hour.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut before = Vec::new();
     loop {
         let states = registries.borrow_and_update().clone();
@@ -355,8 +361,14 @@ async fn merge(
             }
             before = snapshots;
         }
-        if registries.changed().await.is_err() {
-            return;
+        tokio::select! {
+            changed = registries.changed() => if changed.is_err() { return },
+            // What is not everything there is says of no name that it is gone.
+            _ = hour.tick() => if let Some(known) = &*catalog.borrow() && known.complete {
+                vips.hour(&known.names());
+                // All is looked at again: VIPs may be free for names that have none.
+                before.clear();
+            },
         }
     }
 }
