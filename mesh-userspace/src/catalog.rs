@@ -11,7 +11,7 @@ use imbl::{OrdMap, ordmap::DiffItem};
 use mesh_common::abi::{Eject, Frontend, Penalty, Port, Settings};
 
 use crate::{
-    model::{Health, Instance, Protocol, Service, ServiceId},
+    model::{Answer, Health, Instance, Protocol, Service, ServiceId},
     plan::{Desired, Endpoint, Prune, Wanted},
     registry::{Claims, Snapshot},
 };
@@ -128,9 +128,12 @@ impl Catalog {
             && other.services.diff(&self.services).next().is_none()
     }
 
-    /// Whether the same names stand for the same addresses as in an `earlier` catalog.
+    /// Whether the same names stand for the same VIPs and ports as in an `earlier` catalog.
     pub fn has_names_of(&self, earlier: &Self) -> bool {
-        let names = |entry: &Entry| (entry.vips.clone(), entry.service.aliases.clone());
+        let names = |entry: &Entry| {
+            let Service { port_name, aliases, answer, api_only, .. } = &*entry.service;
+            (entry.vips.clone(), port_name.clone(), aliases.clone(), *answer, *api_only)
+        };
         self.delivered == earlier.delivered
             && earlier.services.diff(&self.services).all(|item| match item {
                 DiffItem::Update { old: (_, old), new: (_, new) } => names(old) == names(new),
@@ -220,9 +223,9 @@ pub fn desired<'a>(entries: impl IntoIterator<Item = &'a Arc<Entry>>, node: &imp
 }
 
 /// What a service, besides its name, has to itself, and of which families its VIPs have to be.
-fn claims(service: &Service) -> (Option<IpAddr>, &[String], [bool; 2]) {
+fn claims(service: &Service) -> (Option<IpAddr>, &[String], (Answer, bool), [bool; 2]) {
     let has = |v4| service.instances.iter().any(|instance| instance.address.is_ipv4() == v4);
-    (service.vip, &service.aliases, [true, false].map(has))
+    (service.vip, &service.aliases, (service.answer, service.api_only), [true, false].map(has))
 }
 
 #[derive(Default)]

@@ -399,6 +399,7 @@ allow = ["0.0.0.0/0", "::/0"]
 allow_loopback = false
 [dns]
 listen    = ["127.64.0.53:53"]
+outside   = []
 suffixes  = ["service.local"]
 intercept = true
 exclude   = []
@@ -431,6 +432,18 @@ path = "/etc/mesh/services.d"
             (
                 "[dns]\nlisten = [\"127.128.0.1:53\"]",
                 "mesh.toml:2: dns.listen: 127.128.0.1 lies in a VIP range",
+            ),
+            (
+                "[dns]\noutside = [\"0.0.0.0:53\"]",
+                "mesh.toml:2: dns.outside: 0.0.0.0 stands for every address",
+            ),
+            (
+                "[dns]\nlisten = [\"10.0.0.5:53\"]\noutside = [\"10.0.0.6:53\", \"10.0.0.5:53\"]",
+                "mesh.toml:3: dns.outside: 10.0.0.5:53 is in dns.listen",
+            ),
+            (
+                "[dns]\noutside = [\"10.0.0.5:53\"]\nupstream = [\"10.0.0.5\"]",
+                "mesh.toml:3: dns.upstream: 10.0.0.5:53 is in dns.outside",
             ),
             ("[dns]\nsuffixes = [\"a..b\"]", "mesh.toml:2: dns.suffixes: suffix \"a..b\" is not a DNS name"),
             ("[dns]\nupstream = 1", "mesh.toml:2: dns.upstream must be \"auto\" or a list"),

@@ -49,8 +49,9 @@ pub struct View {
     pub applied: Arc<RwLock<Applied>>,
     pub report: watch::Receiver<Report>,
     pub dns: Arc<dns::Core>,
-    /// Where it listens.
+    /// Where it listens, for the node's tasks and for others.
     pub listen: Vec<SocketAddr>,
+    pub outside: Vec<SocketAddr>,
     pub stats: datapath::Stats,
     pub pins: Pins,
     pub cgroup: PathBuf,
@@ -87,7 +88,7 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         .with_context(|| format!("cannot read the state in {}", config.node.state_dir.display()))?;
     let socket = api::bind(&config.api.socket)?;
     let web = web::bind(config.web.listen).await?;
-    let listen = config.dns.listen.clone();
+    let (listen, outside) = (config.dns.listen.clone(), config.dns.outside.clone());
 
     let pins = datapath.pins().clone();
     let (leaving, left) = mpsc::channel();
@@ -109,6 +110,7 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         report: reconciler.report(),
         dns: core,
         listen,
+        outside,
         stats: datapath::Stats::open(&pins)?,
         pins,
         cgroup,
@@ -133,6 +135,7 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
     let names = dns::run(
         view.dns.clone(),
         view.listen.clone(),
+        view.outside.clone(),
         config.subscribe(),
         view.report.clone(),
         view.applied.clone(),
@@ -325,7 +328,7 @@ impl Sources {
     }
 }
 
-/// Turns the registries' states into the catalog.
+/// Turns the registries' states into the catalog. Each hour, VIPs of names that are gone may become free.
 async fn merge(
     mut registries: watch::Receiver<Vec<State>>,
     mut vips: Vips,

@@ -29,7 +29,7 @@ mod table;
 mod upstream;
 
 use metrics::Metrics;
-use table::Table;
+use table::{Table, View};
 use upstream::{Forwarder, Limits};
 
 pub use serve::Listener;
@@ -90,7 +90,7 @@ impl Core {
     }
 
     /// Answers at an address of the host, as soon as nobody else has it: connects do not depend on it.
-    async fn listen(self: Arc<Self>, address: SocketAddr) {
+    async fn listen(self: Arc<Self>, address: SocketAddr, view: View) {
         let deaf = |why| {
             let mut deaf = self.deaf.lock().expect("nobody panics holding it");
             match why {
@@ -99,7 +99,7 @@ impl Core {
             }
         };
         let listener = loop {
-            match Listener::bind(address) {
+            match Listener::bind(address, view) {
                 Ok(listener) => break listener,
                 Err(error) => {
                     let why = format!("{error:#}");
@@ -115,16 +115,19 @@ impl Core {
     }
 }
 
-/// Serves names until the daemon ends.
+/// Serves names until the daemon ends: at `listen` for the node's tasks, at `outside` for others.
 pub async fn run(
     core: Arc<Core>,
     listen: Vec<SocketAddr>,
+    outside: Vec<SocketAddr>,
     config: watch::Receiver<Arc<Config>>,
     report: watch::Receiver<Report>,
     applied: Arc<RwLock<Applied>>,
 ) {
     let listen = async {
-        let serving = listen.into_iter().map(|address| core.clone().listen(address));
+        let listen = listen.into_iter().map(|address| (address, View::Node));
+        let all = listen.chain(outside.into_iter().map(|address| (address, View::Outside)));
+        let serving = all.map(|(address, view)| core.clone().listen(address, view));
         serving.collect::<JoinSet<()>>().join_all().await;
     };
     // In this order, so that what the first question needs is there.
@@ -135,7 +138,7 @@ pub async fn run(
     );
 }
 
-/// Makes the table anew whenever what is written, or a suffix, changes.
+/// Makes the table anew whenever names that are written, or a suffix, change.
 async fn follow_names(
     core: &Core,
     mut config: watch::Receiver<Arc<Config>>,
@@ -148,8 +151,9 @@ async fn follow_names(
         let same = known.as_ref().is_some_and(|(report, config)| {
             is_named_as(&new.0, report) && config.dns.suffixes == new.1.dns.suffixes
         });
-        if !same {
-            rename(core, &new.1, &new.0, applied);
+        match &known {
+            Some((old, _)) if same => core.table.load().follow(&old.written, &new.0.written),
+            _ => rename(core, &new.1, &new.0, applied),
         }
         known = Some(new);
         let changed = tokio::select! {

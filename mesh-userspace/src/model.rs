@@ -73,6 +73,16 @@ impl Policy {
     }
 }
 
+/// What the names of a service are answered with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Answer {
+    #[default]
+    Vip,
+    /// The addresses of its instances.
+    Instances,
+}
+
 /// What a registry says of an instance.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -88,7 +98,12 @@ pub enum Health {
 pub struct Service {
     pub id: ServiceId,
     pub vip: Option<IpAddr>,
+    /// What `_NAME._tcp` before its name stands for, such as `http`; in lower case.
+    pub port_name: Option<String>,
     pub aliases: Vec<String>,
+    pub answer: Answer,
+    /// Whether only its aliases are names, as they are written: Cloud Map's API-only.
+    pub api_only: bool,
     pub policy: Policy,
     /// A workload keeps its backend until it has not dialled it for this long.
     pub affinity: Option<Duration>,

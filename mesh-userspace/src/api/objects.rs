@@ -70,6 +70,8 @@ pub struct MapUse {
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Dns {
     pub listen: Vec<SocketAddr>,
+    /// Where others than the node's tasks ask.
+    pub outside: Vec<SocketAddr>,
     /// The name servers that are asked for names that are not the node's own.
     pub upstream: Vec<SocketAddr>,
 }
@@ -186,7 +188,11 @@ impl Status {
             programs: programs.into(),
             registries: Registry::all(view),
             maps: view.maps(),
-            dns: Dns { listen: view.listen.clone(), upstream: view.dns.upstream() },
+            dns: Dns {
+                listen: view.listen.clone(),
+                outside: view.outside.clone(),
+                upstream: view.dns.upstream(),
+            },
             services: catalog.as_ref().map_or(0, |catalog| catalog.services.len()),
             backends: catalog
                 .iter()

@@ -4,7 +4,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::{
-    model::{DRAIN, Eject, Policy},
+    model::{Answer, DRAIN, Eject, Policy},
     registry::services,
 };
 
@@ -25,7 +25,10 @@ pub(crate) fn service(name: &str, port: u16, vip: Option<&str>, addresses: &[(&s
             port: NonZeroU16::new(port).unwrap(),
         },
         vip: vip.map(|vip| vip.parse().unwrap()),
+        port_name: None,
         aliases: Vec::new(),
+        answer: Answer::default(),
+        api_only: false,
         policy: Policy::default(),
         affinity: None,
         drain: DRAIN,

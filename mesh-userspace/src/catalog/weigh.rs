@@ -18,7 +18,7 @@ const ZONE_SUFFICES: f64 = 1.0 / 1.4;
 
 /// The weight of each instance; zero for one that gets no new connections.
 pub fn weights(service: &Service, instances: &[Seen<'_>], zone: Option<&str>) -> Vec<u16> {
-    let usable = usable(service, instances);
+    let usable = usable(service, instances.iter().map(|seen| seen.instance));
     let given =
         |seen: &Seen<'_>| if usable.contains(&seen.instance.health) { seen.instance.weight } else { 0 };
     let mut shares: Vec<f64> = instances.iter().map(|seen| f64::from(given(seen)) * seen.warmth).collect();
@@ -35,13 +35,23 @@ pub fn weights(service: &Service, instances: &[Seen<'_>], zone: Option<&str>) ->
     shares.iter().map(|share| scaled(share).round() as u16).collect()
 }
 
+/// The instances that get new connections, as far as registries know: of all families, from any zone.
+pub fn selectable(service: &Service) -> impl Iterator<Item = &Instance> {
+    let usable = usable(service, service.instances.iter());
+    service.instances.iter().filter(|one| one.weight > 0 && usable.contains(&one.health))
+}
+
 /// Whose turn it is: healthy instances; with too few of them unhealthy ones as well, because
 /// health may be wrong but too few surely are; where there is neither, draining ones.
-fn usable(service: &Service, instances: &[Seen<'_>]) -> &'static [Health] {
-    let count = |health| {
-        instances.iter().filter(|seen| seen.instance.health == health && seen.instance.weight > 0).count()
-    };
-    let (healthy, unhealthy) = (count(Health::Healthy), count(Health::Unhealthy));
+fn usable<'a>(service: &Service, instances: impl Iterator<Item = &'a Instance>) -> &'static [Health] {
+    let (mut healthy, mut unhealthy) = (0, 0);
+    for instance in instances.filter(|instance| instance.weight > 0) {
+        match instance.health {
+            Health::Healthy => healthy += 1,
+            Health::Unhealthy => unhealthy += 1,
+            Health::Draining => {}
+        }
+    }
     let panic = healthy * 100 < (healthy + unhealthy) * usize::from(service.panic_percent);
     match (healthy, unhealthy) {
         (0, 0) => &[Health::Draining],

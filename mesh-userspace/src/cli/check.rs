@@ -175,13 +175,14 @@ fn ports(config: &Config, running: bool, findings: &mut Vec<Finding>) {
         config::Registry::Embedded { listen } => Some(("listen of the embedded registry", *listen)),
         config::Registry::File { .. } => None,
     });
-    for (key, address) in web.chain(dns).chain(embedded) {
+    let outside = config.dns.outside.iter().map(|address| ("dns.outside", *address));
+    for (key, address) in web.chain(dns).chain(outside).chain(embedded) {
         if running {
             findings.push(ok("ports", format!("{address} (the daemon runs)")));
             continue;
         }
         let bound = match key {
-            "dns.listen" => UdpSocket::bind(address).and_then(|_| TcpListener::bind(address)),
+            "dns.listen" | "dns.outside" => UdpSocket::bind(address).and_then(|_| TcpListener::bind(address)),
             _ => TcpListener::bind(address),
         };
         findings.push(match bound {

@@ -63,15 +63,13 @@ fn status_text(status: &Status, detail: Detail) -> String {
     if detail == Detail::Brief {
         return format!("{ready}: {} services, {} backends, {programs}\n", status.services, status.backends);
     }
+    let listen = [&*status.dns.listen, &*status.dns.outside].concat();
     let mut rows = vec![
         vec!["mesh".into(), format!("{}, {ready}", status.version)],
         vec!["cgroup".into(), status.cgroup.clone()],
         vec!["pins".into(), status.pin_dir.clone()],
         vec!["programs".into(), programs],
-        vec![
-            "names".into(),
-            format!("{}; others from {}", list(&status.dns.listen), list(&status.dns.upstream)),
-        ],
+        vec!["names".into(), format!("{}; others from {}", list(&listen), list(&status.dns.upstream))],
         vec!["services".into(), status.services.to_string()],
         vec!["backends".into(), status.backends.to_string()],
     ];

@@ -15,6 +15,8 @@ use crate::registry::rules;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Dns {
     pub listen: Vec<SocketAddr>,
+    /// Where clients ask whose connects are not translated.
+    pub outside: Vec<SocketAddr>,
     /// In lower case. Names below these never leave the node.
     pub suffixes: Vec<String>,
     /// Whether tasks' queries come here, whichever name server they ask.
@@ -35,8 +37,13 @@ pub enum Upstream {
 
 impl Dns {
     /// What is only read at start.
-    pub(super) fn at_start(&self) -> (&[SocketAddr], bool, &[PathBuf]) {
-        (&self.listen, self.intercept, &self.exclude)
+    pub(super) fn at_start(&self) -> (&[SocketAddr], &[SocketAddr], bool, &[PathBuf]) {
+        (&self.listen, &self.outside, self.intercept, &self.exclude)
+    }
+
+    /// Whether the daemon itself listens there.
+    pub fn is_own(&self, address: &SocketAddr) -> bool {
+        self.listen.contains(address) || self.outside.contains(address)
     }
 }
 
@@ -44,6 +51,7 @@ impl Dns {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Raw {
     listen: Vec<toml::Spanned<String>>,
+    outside: Vec<toml::Spanned<String>>,
     suffixes: Vec<toml::Spanned<String>>,
     intercept: bool,
     exclude: Vec<toml::Spanned<String>>,
@@ -62,6 +70,7 @@ impl Default for Raw {
         let spanned = |text: &str| toml::Spanned::new(0..0, text.to_owned());
         Self {
             listen: vec![spanned("127.64.0.53:53")],
+            outside: Vec::new(),
             suffixes: vec![spanned("service.local")],
             intercept: true,
             exclude: Vec::new(),
@@ -86,17 +95,25 @@ impl Raw {
             };
             Err(format!("{address} {why}"))
         };
-        let mut listen = Vec::new();
-        for text in &self.listen {
-            let fail = |why: String| (text.span().start, format!("dns.listen: {why}"));
-            let address: SocketAddr = text
-                .get_ref()
-                .parse()
-                .ok()
-                .filter(|address: &SocketAddr| address.port() != 0)
-                .ok_or_else(|| fail(format!("{:?} is not ADDRESS:PORT", text.get_ref())))?;
-            unicast(address.ip()).map_err(fail)?;
-            listen.push(address);
+        let (mut listen, mut outside) = (Vec::new(), Vec::new());
+        for (key, list, addresses) in
+            [("listen", &self.listen, &mut listen), ("outside", &self.outside, &mut outside)]
+        {
+            for text in list {
+                let fail = |why: String| (text.span().start, format!("dns.{key}: {why}"));
+                let address: SocketAddr = text
+                    .get_ref()
+                    .parse()
+                    .ok()
+                    .filter(|address: &SocketAddr| address.port() != 0)
+                    .ok_or_else(|| fail(format!("{:?} is not ADDRESS:PORT", text.get_ref())))?;
+                unicast(address.ip()).map_err(fail)?;
+                addresses.push(address);
+            }
+        }
+        let twice = self.outside.iter().zip(&outside).find(|(_, address)| listen.contains(address));
+        if let Some((text, address)) = twice {
+            return Err((text.span().start, format!("dns.outside: {address} is in dns.listen")));
         }
         let mut suffixes = Vec::new();
         for text in &self.suffixes {
@@ -131,9 +148,10 @@ impl Raw {
                     let address: SocketAddr =
                         address.map_err(|_| fail(format!("{text:?} is neither ADDRESS nor ADDRESS:PORT")))?;
                     unicast(address.ip()).map_err(fail)?;
-                    if listen.contains(&address) {
+                    let own = [("listen", &listen), ("outside", &outside)];
+                    if let Some((key, _)) = own.into_iter().find(|(_, list)| list.contains(&address)) {
                         return Err(fail(format!(
-                            "{address} is in dns.listen: questions would go in a circle"
+                            "{address} is in dns.{key}: questions would go in a circle"
                         )));
                     }
                     these.push(address);
@@ -141,6 +159,6 @@ impl Raw {
                 Upstream::These(these)
             }
         };
-        Ok(Dns { listen, suffixes, intercept: self.intercept, exclude, upstream })
+        Ok(Dns { listen, outside, suffixes, intercept: self.intercept, exclude, upstream })
     }
 }

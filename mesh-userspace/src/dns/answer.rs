@@ -9,7 +9,11 @@ use hickory_resolver::proto::{
 };
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::{Core, metrics::Source, table::Own};
+use super::{
+    Core,
+    metrics::Source,
+    table::{Own, View},
+};
 
 /// The largest answer over UDP: what no usual path has to fragment (DNS flag day 2020).
 const MAX_UDP: u16 = 1232;
@@ -24,14 +28,16 @@ pub(super) enum Transport {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Client {
     listener: u64,
+    view: View,
     /// Whether it is on this node. Others must not make it ask for them.
     local: bool,
 }
 
 impl Client {
-    pub(super) fn new(listener: u64, at: IpAddr, from: IpAddr) -> Self {
+    pub(super) fn new(listener: u64, view: View, at: IpAddr, from: IpAddr) -> Self {
         // Nobody but the namespace itself reaches its loopback addresses, whatever its own is.
-        Self { listener, local: at.is_loopback() || from.is_loopback() || from == at }
+        let here = at.is_loopback() || from.is_loopback() || from == at;
+        Self { listener, view, local: here && view == View::Node }
     }
 }
 
@@ -48,6 +54,7 @@ pub(super) enum Asked {
 pub(super) struct Question {
     metadata: Metadata,
     query: Option<Query>,
+    view: View,
     edns: bool,
     /// The most bytes that its answer may have.
     room: u16,
@@ -66,7 +73,9 @@ impl Core {
             return Asked::Ignored;
         }
         let metadata = header.metadata;
-        let mut question = Question { metadata, query: None, edns: false, room: 512, start, _open: None };
+        let view = client.view;
+        let mut question =
+            Question { metadata, query: None, view, edns: false, room: 512, start, _open: None };
         let refuse = |question: &Question, code| {
             Asked::Answered(self.reply(question, Source::Refused, Own::failed(code)))
         };
@@ -90,7 +99,7 @@ impl Core {
         if query.query_class != DNSClass::IN || transfer {
             return refuse(&question, ResponseCode::Refused);
         }
-        if let Some(own) = self.table.load().answer(&query.name, query.query_type) {
+        if let Some(own) = self.table.load().answer(&query.name, query.query_type, view) {
             return Asked::Answered(self.reply(&question, Source::Own, own));
         }
         if self.forwarder.load().hear(&query.name) {
@@ -119,7 +128,7 @@ impl Core {
         let mut metadata = Metadata::response_from_request(&question.metadata);
         metadata.response_code = own.code;
         metadata.authoritative = source == Source::Own;
-        metadata.recursion_available = true;
+        metadata.recursion_available = question.view == View::Node;
         metadata.authentic_data = false;
         let mut message = Message::new(metadata.id, MessageType::Response, metadata.op_code);
         message.metadata = metadata;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     Core,
     metrics::{Source, code_name},
+    table::View,
 };
 
 /// What a name is answered with.
@@ -40,7 +41,7 @@ impl Core {
         let kind: RecordType =
             kind.to_uppercase().parse().map_err(|_| format!("{kind:?} is not a record type"))?;
         let table = self.table.load_full();
-        let (source, reason, own) = match table.answer(&full, kind) {
+        let (source, reason, own) = match table.answer(&full, kind, View::Node) {
             Some(own) => (Source::Own, table.explain(&full).unwrap_or_default(), own),
             None => {
                 let upstream = self.forwarder.load_full();

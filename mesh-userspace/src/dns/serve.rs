@@ -20,6 +20,7 @@ use tokio::{
 use super::{
     Core,
     answer::{Asked, Client, Transport},
+    table::View,
 };
 
 /// TCP connections that one listener serves at a time; further ones wait to be accepted.
@@ -35,27 +36,33 @@ const PAUSE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub struct Listener {
     address: SocketAddr,
+    view: View,
     udp: UdpSocket,
     tcp: TcpListener,
 }
 
 impl Listener {
     /// At an address of the namespace of this thread.
-    pub fn bind(address: SocketAddr) -> anyhow::Result<Self> {
+    pub(super) fn bind(address: SocketAddr, view: View) -> anyhow::Result<Self> {
+        let key = match view {
+            View::Node => "dns.listen",
+            View::Outside => "dns.outside",
+        };
         let udp = std::net::UdpSocket::bind(address);
-        let udp = udp.with_context(|| format!("cannot listen on dns.listen {address} (UDP)"))?;
+        let udp = udp.with_context(|| format!("cannot listen on {key} {address} (UDP)"))?;
         let tcp = std::net::TcpListener::bind(address);
-        let tcp = tcp.with_context(|| format!("cannot listen on dns.listen {address} (TCP)"))?;
-        Ok(Self::new(udp, tcp)?)
+        let tcp = tcp.with_context(|| format!("cannot listen on {key} {address} (TCP)"))?;
+        Ok(Self { view, ..Self::new(udp, tcp)? })
     }
 
-    /// Of sockets that are bound to one and the same address, wherever they were made. Needs the
-    /// runtime that will serve them.
+    /// For tasks of the node, of sockets that are bound to one and the same address, wherever they were
+    /// made. Needs the runtime that will serve them.
     pub fn new(udp: std::net::UdpSocket, tcp: std::net::TcpListener) -> io::Result<Self> {
         udp.set_nonblocking(true)?;
         tcp.set_nonblocking(true)?;
         Ok(Self {
             address: udp.local_addr()?,
+            view: View::Node,
             udp: UdpSocket::from_std(udp)?,
             tcp: TcpListener::from_std(tcp)?,
         })
@@ -64,9 +71,9 @@ impl Listener {
     /// Answers until it is dropped.
     pub async fn serve(self, core: Arc<Core>) {
         static COUNT: AtomicU64 = AtomicU64::new(0);
-        let Self { address, udp, tcp } = self;
+        let Self { address, view, udp, tcp } = self;
         let id = COUNT.fetch_add(1, Ordering::Relaxed);
-        let client = move |from: SocketAddr| Client::new(id, address.ip(), from.ip());
+        let client = move |from: SocketAddr| Client::new(id, view, address.ip(), from.ip());
         tokio::join!(serve_udp(udp, &core, client), serve_tcp(tcp, &core, client));
     }
 }

@@ -292,7 +292,7 @@ fn listed(dns: &Dns, resolv_conf: &Path) -> (Vec<SocketAddr>, Vec<String>) {
     let (mut servers, mut problems) = (Vec::new(), Vec::new());
     for word in name_servers(&text) {
         match word.parse().map(|ip: IpAddr| SocketAddr::new(ip, 53)) {
-            Ok(server) if dns.listen.contains(&server) => {}
+            Ok(server) if dns.is_own(&server) => {}
             Ok(server) => servers.push(server),
             Err(_) => problems.push(format!("dns.upstream: {path} names {word:?}, which is no address")),
         }
@@ -317,6 +317,7 @@ mod tests {
     fn dns(upstream: Upstream) -> Dns {
         Dns {
             listen: vec!["127.64.0.53:53".parse().unwrap()],
+            outside: Vec::new(),
             suffixes: Vec::new(),
             intercept: true,
             exclude: Vec::new(),

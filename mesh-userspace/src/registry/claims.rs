@@ -7,7 +7,7 @@ use std::{
     sync::Arc,
 };
 
-use crate::model::{Protocol, Service, ServiceId};
+use crate::model::{Answer, Protocol, Service, ServiceId};
 
 /// The identities, frontends, VIPs and names taken so far; the first owner wins.
 #[derive(Clone, Debug, Default)]
@@ -16,6 +16,8 @@ pub struct Claims {
     frontends: HashMap<(IpAddr, NonZeroU16, Protocol), ServiceId>,
     /// (namespace, name, is IPv4) → VIP.
     vips: HashMap<(String, String, bool), IpAddr>,
+    /// (namespace, name) → how it is answered, and whether it is API-only.
+    answers: HashMap<(String, String), (Answer, bool)>,
     /// Full name, in lower case → the (namespace, name) it stands for.
     names: HashMap<String, (String, String)>,
 }
@@ -27,6 +29,7 @@ impl Claims {
         let id = &service.id;
         let owner = (id.namespace.clone(), id.name.clone());
         self.names.extend(names(service).map(|name| (name, owner.clone())));
+        self.answers.insert(owner, (service.answer, service.api_only));
         if let Some(vip) = service.vip {
             self.vips.insert((id.namespace.clone(), id.name.clone(), vip.is_ipv4()), vip);
             self.frontends.insert((vip, id.port, id.protocol), id.clone());
@@ -48,6 +51,10 @@ impl Claims {
                     "the name {name} already belongs to service {other} in namespace {namespace}"
                 ));
             }
+        }
+        let answer = (service.answer, service.api_only);
+        if self.answers.get(&owner).is_some_and(|other| *other != answer) {
+            return Err("answer or api_only differs from that of the same name's other port".into());
         }
         if let Some(vip) = service.vip {
             if let Some(owner) = self.frontends.get(&(vip, id.port, id.protocol)) {

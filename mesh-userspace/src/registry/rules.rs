@@ -64,6 +64,20 @@ pub fn dns_name(what: &str, name: &str) -> Result<(), String> {
     Err(format!("{what} {name:?} is not a DNS name"))
 }
 
+/// The name of a port, as RFC 6335 has it: never one that could be a number.
+pub fn port_name(name: &str) -> Result<(), String> {
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || b == b'-';
+    let ends = name.starts_with('-') || name.ends_with('-') || name.contains("--");
+    if (1..=15).contains(&name.len())
+        && name.bytes().all(allowed)
+        && name.bytes().any(|b| b.is_ascii_alphabetic())
+        && !ends
+    {
+        return Ok(());
+    }
+    Err(format!("port_name {name:?} is not 1 to 15 letters, digits and single dashes, with a letter"))
+}
+
 /// An instance id: what Cloud Map allows, in Kubernetes' length.
 pub fn instance_id(id: &str) -> Result<(), String> {
     let allowed = |b: u8| b.is_ascii_alphanumeric() || b"_/:.@-".contains(&b);
@@ -125,6 +139,16 @@ mod tests {
         assert_eq!(rules.backend("127.0.0.1".parse().unwrap()), Ok(()));
         assert!(rules.backend("127.128.0.1".parse().unwrap()).is_err());
         assert!(rules.backend("192.168.0.1".parse().unwrap()).unwrap_err().contains("backends.allow"));
+    }
+
+    #[test]
+    fn a_port_s_name_is_no_number() {
+        for good in ["http", "h2", "x-1"] {
+            assert_eq!(port_name(good), Ok(()));
+        }
+        for bad in ["", "80", "-a", "a-", "a--b", "a_b", "a.b", "abcdefghijklmnop"] {
+            assert!(port_name(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -28,7 +28,7 @@ use mesh_tests::maps::{Lookups, Written, bench_object};
 use mesh_userspace::{
     catalog::{self, Catalog, vip::Vips},
     datapath::{Pins, pinned_maps},
-    model::{DRAIN, Eject, Health, Instance, Policy, Protocol, Service, ServiceId},
+    model::{Answer, DRAIN, Eject, Health, Instance, Policy, Protocol, Service, ServiceId},
     plan::{Endpoint, Op, Prune, applied::Sizes},
     registry::{self, Snapshot},
 };
@@ -92,7 +92,10 @@ fn service(number: u32, backends: u32) -> Service {
     Service {
         id,
         vip: Some(lookup::frontend(number).address.ip()),
+        port_name: None,
         aliases: Vec::new(),
+        answer: Answer::default(),
+        api_only: false,
         policy: Policy::LeastConnections,
         affinity: None,
         drain: DRAIN,

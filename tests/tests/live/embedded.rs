@@ -462,3 +462,43 @@ fn another_registry_s_vip_cannot_be_taken() {
     });
     assert_eq!(embedded.dial("127.128.20.1", 80), "echo");
 }
+
+#[test]
+fn an_http_namespace_has_no_names_but_aliases() {
+    let embedded = Embedded::start();
+    let server = Server::start("echo");
+    let create = |operation: &str, namespace: &str| {
+        let operation = embedded.call(operation, &json!({ "Name": namespace, "Vpc": "any" })).1;
+        let id = embedded.call("GetOperation", &operation).1;
+        let tags = json!([{ "Key": "mesh.aliases", "Value": format!("at-{namespace}, full.{namespace}") }]);
+        let namespace = &id["Operation"]["Targets"]["NAMESPACE"];
+        let input = json!({ "Name": "echo", "NamespaceId": namespace, "Tags": tags });
+        let service = embedded.call("CreateService", &input).1["Service"]["Id"].clone();
+        let attributes =
+            json!({ "AWS_INSTANCE_IPV4": "127.0.0.1", "AWS_INSTANCE_PORT": server.port().to_string() });
+        let input = json!({ "ServiceId": service, "InstanceId": "a", "Attributes": attributes });
+        assert_eq!(embedded.call("RegisterInstance", &input).0, 200);
+    };
+    create("CreateHttpNamespace", "api");
+    create("CreatePrivateDnsNamespace", "named");
+    let ask = |name: &str| {
+        let answer = embedded.mesh.json(&["dns", "query", name, "A"]);
+        (answer[0]["answer"] == "own")
+            .then(|| answer[0]["records"][0]["data"].as_str().map(ToOwned::to_owned))
+    };
+    wait_until("the aliases", || ask("at-api").flatten().is_some() && ask("at-named").flatten().is_some());
+    let (api, named) = (ask("at-api"), ask("at-named"));
+    assert_ne!(api, named);
+    assert_eq!(embedded.dial(api.as_ref().unwrap().as_ref().unwrap(), server.port()), "echo");
+    for (name, expected) in [
+        ("full.api", &api),
+        ("echo.api", &None),
+        ("at-api.api", &None),
+        ("echo.named", &named),
+        ("at-named.named", &named),
+    ] {
+        assert_eq!(ask(name), *expected, "{name}");
+    }
+    // Below the namespace with names everything stays here; below the other one nothing does.
+    assert_eq!((ask("x.named"), ask("x.api")), (Some(None), None));
+}

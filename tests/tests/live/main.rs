@@ -12,6 +12,7 @@ mod embedded;
 mod forged;
 mod hammer;
 mod input;
+mod instances;
 mod intercept;
 mod kept;
 mod kubernetes;

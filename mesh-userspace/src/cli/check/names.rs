@@ -129,6 +129,7 @@ mod tests {
             Node { nsswitch: nsswitch.into(), resolv: resolv.into(), hosts: hosts.into(), has_nscd: false };
         let dns = Dns {
             listen: Vec::new(),
+            outside: Vec::new(),
             suffixes: vec!["service.local".into()],
             intercept: false,
             exclude: exclude.iter().map(Into::into).collect(),

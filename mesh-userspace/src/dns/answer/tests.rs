@@ -19,7 +19,7 @@ fn core() -> Core {
 }
 
 fn local() -> Client {
-    Client::new(0, "127.64.0.53".parse().unwrap(), "127.0.0.1".parse().unwrap())
+    Client::new(0, View::Node, "127.64.0.53".parse().unwrap(), "127.0.0.1".parse().unwrap())
 }
 
 fn question(name: &str, kind: RecordType) -> Message {
@@ -130,7 +130,7 @@ fn names_that_point_in_circles_are_malformed() {
 fn others_are_asked_only_for_who_is_on_the_node() {
     let core = core();
     let bytes = question("www.example.com.", RecordType::A).to_vec().unwrap();
-    let at = |at: &str, from: &str| Client::new(0, at.parse().unwrap(), from.parse().unwrap());
+    let at = |at: &str, from: &str| Client::new(0, View::Node, at.parse().unwrap(), from.parse().unwrap());
     let forwarded = |client| matches!(core.ask(&bytes, client, Transport::Udp), Asked::Elsewhere(_));
     assert!(forwarded(at("127.64.0.53", "127.0.0.1")));
     assert!(forwarded(at("127.64.0.53", "10.0.0.5")), "a task's socket that is bound to its address");
@@ -149,6 +149,26 @@ fn others_are_asked_only_for_who_is_on_the_node() {
 }
 
 #[test]
+fn outside_nobody_is_asked_for_anybody() {
+    let core = core();
+    let here = "127.0.0.1".parse().unwrap();
+    for client in [
+        Client::new(0, View::Outside, here, here),
+        Client::new(0, View::Outside, "10.0.0.5".parse().unwrap(), "10.0.0.5".parse().unwrap()),
+    ] {
+        let ask = |name: &str| {
+            let bytes = question(name, RecordType::A).to_vec().unwrap();
+            ask_bytes(&core, &bytes, client, Transport::Udp).unwrap().0.metadata
+        };
+        let others = ask("www.example.com.");
+        assert_eq!((others.response_code, others.recursion_available), (ResponseCode::Refused, false));
+        let own = ask("a.service.local.");
+        assert_eq!((own.response_code, own.recursion_available), (ResponseCode::NoError, false));
+        assert!(own.authoritative);
+    }
+}
+
+#[test]
 fn a_flood_of_others_names_ends_in_servfail_and_own_names_are_answered() {
     let core = core();
     let bytes = question("www.example.com.", RecordType::A).to_vec().unwrap();
@@ -160,7 +180,7 @@ fn a_flood_of_others_names_ends_in_servfail_and_own_names_are_answered() {
     assert!(flood.len() < 1000);
     assert_eq!(code(&core, &question("www.example.com.", RecordType::A)), ResponseCode::ServFail);
     assert_eq!(code(&core, &question("short.", RecordType::A)), ResponseCode::NoError);
-    let other = Client::new(1, "127.64.0.53".parse().unwrap(), "127.0.0.1".parse().unwrap());
+    let other = Client::new(1, View::Node, "127.64.0.53".parse().unwrap(), "127.0.0.1".parse().unwrap());
     assert!(open(other).is_some(), "another namespace");
 }
 
@@ -275,8 +295,11 @@ proptest! {
 
 fn answers_or_ignores(bytes: &[u8]) {
     static CORE: LazyLock<Core> = LazyLock::new(core);
-    for transport in [Transport::Udp, Transport::Tcp] {
-        match CORE.ask(bytes, local(), transport) {
+    let here = "127.0.0.1".parse().unwrap();
+    for (transport, view) in
+        [(Transport::Udp, View::Node), (Transport::Tcp, View::Node), (Transport::Udp, View::Outside)]
+    {
+        match CORE.ask(bytes, Client::new(0, view, here, here), transport) {
             Asked::Ignored => assert!(bytes.len() < 12 || bytes[2] & 0x80 != 0, "a question is ignored"),
             Asked::Answered(reply) => {
                 let answer = Message::from_vec(&reply).unwrap();
@@ -288,6 +311,7 @@ fn answers_or_ignores(bytes: &[u8]) {
                 }
             }
             Asked::Elsewhere(question) => {
+                assert_eq!(view, View::Node, "nobody outside asks through the node");
                 let name = question.query.unwrap().name;
                 let suffix = Name::from_ascii("service.local.").unwrap();
                 assert!(!suffix.zone_of(&name), "{name} leaves the node");

@@ -1,9 +1,9 @@
-use std::sync::Arc;
+use std::{collections::BTreeSet, num::NonZeroU16, sync::Arc};
 
 use super::*;
 use crate::{
     catalog::{tests::said, vip::Vips},
-    model::{Protocol, Service},
+    model::{Answer, Health, Instance, Protocol, Service},
     registry::rules,
 };
 
@@ -37,14 +37,24 @@ pub(in crate::dns) fn table(services: &[Service]) -> Table {
 
 /// The code, and each record as text; of a negative answer its zone.
 fn ask(table: &Table, name: &str, kind: RecordType) -> String {
-    let Some(own) = table.answer(&Name::from_ascii(name).unwrap(), kind) else { return "elsewhere".into() };
+    ask_as(View::Node, table, name, kind)
+}
+
+fn ask_as(view: View, table: &Table, name: &str, kind: RecordType) -> String {
+    let Some(own) = answer(view, table, name, kind) else { return "elsewhere".into() };
     let mut records: Vec<_> = own.answers.iter().map(|record| record.data.to_string()).collect();
     records.extend(own.authorities.iter().map(|record| format!("in {}", record.name)));
     records.sort();
     format!("{:?} {}", own.code, records.join(" + "))
 }
 
+fn answer(view: View, table: &Table, name: &str, kind: RecordType) -> Option<Own> {
+    table.answer(&Name::from_ascii(name).unwrap(), kind, view)
+}
+
 const A: RecordType = RecordType::A;
+const AAAA: RecordType = RecordType::AAAA;
+const SRV: RecordType = RecordType::SRV;
 const VIP: &str = "127.128.0.10";
 
 #[test]
@@ -66,9 +76,9 @@ fn a_service_has_its_name_and_its_aliases_with_and_without_the_namespace() {
         assert_eq!(ask(&table, name, A), "elsewhere", "{name}");
     }
     let one_label = Name::from_labels([&b"backend.service"[..], b"local"]).unwrap();
-    assert_eq!(table.answer(&one_label, A), None);
+    assert_eq!(table.answer(&one_label, A, View::Node), None);
     let asked = Name::from_ascii("BackEnd.Service.LOCAL.").unwrap();
-    let own = table.answer(&asked, A).unwrap();
+    let own = table.answer(&asked, A, View::Node).unwrap();
     assert!(own.answers[0].name.eq_case(&asked), "the answer keeps the case");
     assert_eq!(own.answers[0].ttl, 5);
 }
@@ -91,7 +101,7 @@ fn what_exists_has_no_records_of_other_types_and_what_does_not_exist_is_said_not
     for name in ["nobody.service.local.", "z.a.service.local.", "_81._tcp.a.service.local."] {
         assert_eq!(ask(&between, name, A), "NXDomain in service.local.", "{name}");
     }
-    let own = between.answer(&Name::from_ascii("nobody.service.local.").unwrap(), A).unwrap();
+    let own = answer(View::Node, &between, "nobody.service.local.", A).unwrap();
     let RData::SOA(soa) = &own.authorities[0].data else { panic!("{own:?}") };
     assert_eq!((own.authorities[0].ttl, soa.minimum), (0, 0));
 }
@@ -118,9 +128,29 @@ fn ports_are_found_at_the_name_and_each_below_it() {
     assert_eq!(ask(&table, "_80._tcp.short.", srv), "NoError 1 1 80 a.service.local.");
     assert_eq!(ask(&table, "_53._tcp.a.service.local.", srv), "NXDomain in service.local.");
     assert_eq!(ask(&table, "short.", srv), format!("NoError {all}"));
-    let own = table.answer(&Name::from_ascii("short.").unwrap(), srv).unwrap();
+    let own = answer(View::Node, &table, "short.", srv).unwrap();
     assert_eq!(own.additionals[0].name.to_string(), "a.service.local.");
     assert_eq!(ask(&table, "a.service.local.", RecordType::ANY), format!("NoError {all} + {VIP}"));
+}
+
+#[test]
+fn ports_with_names_are_found_by_them_too() {
+    let named =
+        |id: &str, name: &str| Service { port_name: Some(name.into()), ..service(id, VIP, &["short"]) };
+    let table = table(&[
+        named("a.service.local:80/tcp", "http"),
+        named("a.service.local:81/tcp", "http"),
+        named("a.service.local:53/udp", "dns"),
+    ]);
+    let both = "NoError 1 1 80 a.service.local. + 1 1 81 a.service.local.";
+    assert_eq!(ask(&table, "_http._tcp.a.service.local.", SRV), both);
+    assert_eq!(ask(&table, "_HTTP._tcp.short.", SRV), both);
+    assert_eq!(ask(&table, "_80._tcp.short.", SRV), "NoError 1 1 80 a.service.local.");
+    assert_eq!(ask(&table, "_dns._udp.a.service.local.", SRV), "NoError 1 1 53 a.service.local.");
+    assert_eq!(ask(&table, "_http._udp.a.service.local.", SRV), "NXDomain in service.local.");
+    assert_eq!(ask(&table, "_http._tcp.a.service.local.", A), "NoError in service.local.");
+    let why = table.explain(&Name::from_ascii("_http._tcp.short.").unwrap()).unwrap();
+    assert_eq!(why, "port 80, 81 of service a.service.local");
 }
 
 #[test]
@@ -199,4 +229,171 @@ fn nothing_is_said_not_to_exist_before_every_registry_was_heard() {
         let expected = if known.is_some() { "NoError 127.128.0.10" } else { "ServFail " };
         assert_eq!(ask(&table, "a.service.local.", A), expected);
     }
+}
+
+/// With instances at these addresses and ports.
+fn with_instances(mut service: Service, instances: &[(&str, u16, Health)]) -> Service {
+    let instance = |(n, (address, port, health)): (usize, &(&str, u16, Health))| Instance {
+        id: format!("i/{n}"),
+        address: address.parse().unwrap(),
+        port: NonZeroU16::new(*port).unwrap(),
+        weight: 100 + u16::try_from(n).unwrap(),
+        zone: None,
+        health: *health,
+    };
+    service.instances = instances.iter().enumerate().map(instance).collect();
+    service
+}
+
+use Health::{Draining, Healthy, Unhealthy};
+
+/// Behind two ports, of both families, two on one address, and three that get no connections.
+fn mixed(answer: Answer) -> [Service; 2] {
+    let mut web = with_instances(
+        service("a.service.local:80/tcp", VIP, &["short"]),
+        &[
+            ("10.0.0.1", 8080, Healthy),
+            ("10.0.0.1", 8081, Healthy),
+            ("fd00::1", 8080, Healthy),
+            ("10.0.0.2", 8080, Unhealthy),
+            ("10.0.0.3", 8080, Draining),
+            ("10.0.0.4", 8080, Healthy),
+        ],
+    );
+    web.instances[5].weight = 0;
+    let udp =
+        with_instances(service("a.service.local:53/udp", VIP, &["short"]), &[("10.0.0.1", 5353, Healthy)]);
+    [web, udp].map(|service| Service { answer, ..service })
+}
+
+#[test]
+fn a_service_may_answer_with_its_instances_and_outside_every_service_does() {
+    let (by_choice, all) = (table(&mixed(Answer::Instances)), table(&mixed(Answer::Vip)));
+    for (view, table) in [(View::Node, &by_choice), (View::Outside, &by_choice), (View::Outside, &all)] {
+        let ask = |name: &str, kind| ask_as(view, table, name, kind);
+        for name in ["a.service.local.", "short.service.local.", "short."] {
+            assert_eq!(ask(name, A), "NoError 10.0.0.1", "{name}");
+            assert_eq!(ask(name, AAAA), "NoError fd00::1", "{name}");
+            assert_eq!(
+                ask(name, SRV),
+                "NoError 1 100 5353 10-0-0-1.a.service.local. + 1 100 8080 10-0-0-1.a.service.local. + \
+                 1 101 8081 10-0-0-1.a.service.local. + 1 102 8080 fd00-0-0-0-0-0-0-1.a.service.local."
+            );
+        }
+        let udp = ask("_53._udp.short.", SRV);
+        assert_eq!(udp, "NoError 1 100 5353 10-0-0-1.a.service.local.");
+        let srv = answer(view, table, "a.service.local.", SRV).unwrap();
+        let mut more: Vec<_> =
+            srv.additionals.iter().map(|record| format!("{} {}", record.name, record.data)).collect();
+        more.sort();
+        assert_eq!(
+            more,
+            ["10-0-0-1.a.service.local. 10.0.0.1", "fd00-0-0-0-0-0-0-1.a.service.local. fd00::1"]
+        );
+        // What is pointed at can be asked for.
+        assert_eq!(ask("10-0-0-1.a.service.local.", A), "NoError 10.0.0.1");
+        assert_eq!(ask("10-0-0-1.a.service.local.", AAAA), "NoError in service.local.");
+        assert_eq!(ask("fd00-0-0-0-0-0-0-1.A.service.local.", AAAA), "NoError fd00::1");
+        assert_eq!(ask("10-0-0-2.a.service.local.", A), "NXDomain in service.local.");
+    }
+    assert_eq!(ask(&all, "a.service.local.", A), format!("NoError {VIP}"));
+    assert_eq!(ask(&all, "10-0-0-1.a.service.local.", A), "NXDomain in service.local.");
+    let why = |name: &str| by_choice.explain(&Name::from_ascii(name).unwrap()).unwrap();
+    assert_eq!(why("short."), "alias of service a.service.local, which answers with its instances");
+    assert_eq!(why("10-0-0-1.a.service.local."), "an instance of service a.service.local");
+}
+
+#[test]
+fn an_answer_has_eight_instances_and_every_one_has_its_turn() {
+    let addresses: Vec<_> = (1..=20).map(|n| format!("10.0.0.{n}")).collect();
+    let instances: Vec<_> = addresses.iter().map(|address| (&**address, 8080, Healthy)).collect();
+    let table = table(&[with_instances(service("a.service.local:80/tcp", VIP, &[]), &instances)]);
+    for kind in [A, SRV] {
+        let mut seen = BTreeSet::new();
+        for _ in 0..1000 {
+            let own = answer(View::Outside, &table, "a.service.local.", kind).unwrap();
+            assert_eq!((own.answers.len(), own.additionals.len()), (8, if kind == A { 0 } else { 8 }));
+            let data: BTreeSet<_> = own.answers.iter().map(|record| record.data.to_string()).collect();
+            assert_eq!(data.len(), 8, "no record twice");
+            seen.extend(data);
+        }
+        assert_eq!(seen.len(), 20);
+    }
+}
+
+#[test]
+fn without_a_healthy_instance_the_others_are_answered_and_without_any_there_are_no_records() {
+    let ask = |instances: &[(&str, u16, Health)]| {
+        let table = table(&[with_instances(service("a.service.local:80/tcp", VIP, &[]), instances)]);
+        ask_as(View::Outside, &table, "a.service.local.", A)
+    };
+    let all = [("10.0.0.1", 80, Unhealthy), ("10.0.0.2", 80, Unhealthy), ("10.0.0.3", 80, Draining)];
+    assert_eq!(ask(&all), "NoError 10.0.0.1 + 10.0.0.2");
+    assert_eq!(ask(&all[2..]), "NoError 10.0.0.3");
+    assert_eq!(ask(&[]), "NoError in service.local.");
+}
+
+#[test]
+fn of_an_api_only_service_only_the_aliases_are_names_as_they_are_written() {
+    let mut hidden = service("a.corp.example:80/tcp", VIP, &["short", "a.in.prod"]);
+    hidden.api_only = true;
+    let nameless = Service { api_only: true, ..service("b.corp.example:80/tcp", "127.128.0.11", &[]) };
+    let table = table(&[hidden, nameless]);
+    for name in ["short.", "a.in.prod."] {
+        assert_eq!(ask(&table, name, A), format!("NoError {VIP}"), "{name}");
+        assert_eq!(ask(&table, name, SRV), "NoError 1 1 80 short.");
+    }
+    // Its namespace is no zone: names below it are somebody else's.
+    for name in ["a.corp.example.", "b.corp.example.", "short.corp.example.", "x.corp.example.", "in.prod."] {
+        assert_eq!(ask(&table, name, A), "elsewhere", "{name}");
+    }
+    assert_eq!(ask(&table, "10.0.128.127.in-addr.arpa.", RecordType::PTR), "NoError short.");
+    let nobody = ask(&table, "11.0.128.127.in-addr.arpa.", RecordType::PTR);
+    assert_eq!(nobody, "NoError in 11.0.128.127.in-addr.arpa.");
+    assert_eq!(
+        table.explain(&Name::from_ascii("short.").unwrap()).unwrap(),
+        "alias of service a.corp.example"
+    );
+}
+
+#[test]
+fn the_same_table_follows_instances_but_not_names() {
+    let hidden = |health| Service {
+        api_only: true,
+        ..with_instances(service("b.api:80/tcp", "127.128.0.11", &["b"]), &[("10.0.0.3", 80, health)])
+    };
+    let build = |health, answer| {
+        let [web, udp] = mixed(answer);
+        let mut udp = udp;
+        udp.instances[0].address = "10.0.0.2".parse().unwrap();
+        udp.instances[0].health = health;
+        let other = with_instances(
+            service("c.service.local:80/tcp", "127.128.0.12", &[]),
+            &[("10.0.0.5", 80, health), ("10.0.0.6", 80, Healthy)],
+        );
+        Some(Arc::new(catalog(&[web, udp, hidden(Healthy), other])))
+    };
+    let old = build(Healthy, Answer::Vip);
+    let table = Table::build(old.as_deref(), &["service.local".into()], &[], |_| true);
+    let ask = |name: &str| ask_as(View::Outside, &table, name, A);
+    assert_eq!(ask("c.service.local."), "NoError 10.0.0.5 + 10.0.0.6");
+    let new = build(Unhealthy, Answer::Vip);
+    assert!(new.as_ref().unwrap().has_names_of(old.as_ref().unwrap()));
+    table.follow(&old, &new);
+    assert_eq!(ask("c.service.local."), "NoError 10.0.0.6");
+    // The only one of its port is answered all the same.
+    assert_eq!(ask("a.service.local."), "NoError 10.0.0.1 + 10.0.0.2");
+    assert_eq!(ask("b."), "NoError 10.0.0.3");
+
+    let mut moved = Catalog::clone(new.as_ref().unwrap());
+    let id = hidden(Healthy).id;
+    let mut entry = (*moved.services[&id]).clone();
+    let mut service = hidden(Healthy);
+    service.instances[0].address = "10.0.0.4".parse().unwrap();
+    entry.service = Arc::new(service);
+    moved.services.insert(id, Arc::new(entry));
+    table.follow(&new, &Some(Arc::new(moved)));
+    assert_eq!(ask("b."), "NoError 10.0.0.4", "an API-only one too");
+    let chosen = build(Unhealthy, Answer::Instances).unwrap();
+    assert!(!chosen.has_names_of(new.as_ref().unwrap()));
 }

@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
-use super::records::{Attributes, Instance, Namespace, Service, Status};
+use super::records::{Attributes, Instance, Namespace, NamespaceType, Service, Status};
 use crate::{
     model::{self, Health},
     registry::{
@@ -22,8 +22,18 @@ use crate::{
 /// Settings of a service that are numbers.
 const NUMBERS: [&str; 4] = ["port", "panic_percent", "eject.failures", "eject.max_percent"];
 /// And those that are texts.
-const TEXTS: [&str; 8] =
-    ["protocol", "vip", "policy", "affinity", "drain", "slow_start", "eject.base", "eject.max"];
+const TEXTS: [&str; 10] = [
+    "protocol",
+    "answer",
+    "port_name",
+    "vip",
+    "policy",
+    "affinity",
+    "drain",
+    "slow_start",
+    "eject.base",
+    "eject.max",
+];
 
 /// What an instance's attributes say of where it listens.
 #[derive(Clone, Debug, PartialEq)]
@@ -118,6 +128,8 @@ fn service_at(
     }
     record.insert("name".into(), service.name.as_str().into());
     record.insert("namespace".into(), namespace.name.as_str().into());
+    let api_only = namespace.kind == NamespaceType::Http || service.http_only;
+    record.insert("api_only".into(), api_only.into());
     let records: Records = serde_json::from_value(Value::Array(vec![record.into()]))
         .map_err(|error| format!("service {}.{}: {error}", service.name, namespace.name))?;
     let (mut services, mut refused) = format::check(records, rules);

@@ -11,7 +11,7 @@ use std::{
 use serde::{Deserialize, Serialize, Serializer, de::DeserializeOwned};
 
 use crate::{
-    model::{DRAIN, Eject, Health, Instance, Policy, Protocol, Service, ServiceId},
+    model::{Answer, DRAIN, Eject, Health, Instance, Policy, Protocol, Service, ServiceId},
     registry::{
         Claims, Snapshot,
         rules::{self, Rules},
@@ -70,9 +70,16 @@ struct RawService<I> {
     #[serde(default = "tcp")]
     protocol: Protocol,
     port: NonZeroU16,
+    // Left out, as the next ones are, where they say nothing: older programs read what is kept.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    port_name: Option<String>,
     vip: Option<IpAddr>,
     #[serde(default)]
     aliases: Vec<String>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    answer: Answer,
+    #[serde(default, skip_serializing_if = "is_default")]
+    api_only: bool,
     #[serde(default)]
     policy: Policy,
     affinity: Option<Span>,
@@ -87,6 +94,10 @@ struct RawService<I> {
     panic_percent: u8,
     #[serde(default = "Vec::new")]
     instance: Vec<I>,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 fn tcp() -> Protocol {
@@ -242,8 +253,11 @@ impl From<&Service> for RawService<RawInstance> {
         // Every field is named: a new one must not be forgotten here.
         let Service {
             id,
+            port_name,
             vip,
             aliases,
+            answer,
+            api_only,
             policy,
             affinity,
             drain,
@@ -259,8 +273,11 @@ impl From<&Service> for RawService<RawInstance> {
             namespace: namespace.clone(),
             protocol: *protocol,
             port: *port,
+            port_name: port_name.clone(),
             vip: *vip,
             aliases: aliases.clone(),
+            answer: *answer,
+            api_only: *api_only,
             policy: *policy,
             affinity: affinity.map(Span),
             drain: Some(Span(*drain)),
@@ -386,15 +403,30 @@ where
     let mut locate = |service: S| {
         let Located { line, value } = service.located(lines);
         let instance = value.instance.into_iter().map(|instance| instance.located(lines)).collect();
-        let RawService { name, namespace, protocol, port, vip, aliases, policy, .. } = value;
+        let RawService {
+            name,
+            namespace,
+            protocol,
+            port,
+            port_name,
+            vip,
+            aliases,
+            answer,
+            api_only,
+            policy,
+            ..
+        } = value;
         let RawService { affinity, drain, retry, eject, check, slow_start, panic_percent, .. } = value;
         let value = RawService {
             name,
             namespace,
             protocol,
             port,
+            port_name,
             vip,
             aliases,
+            answer,
+            api_only,
             policy,
             affinity,
             drain,
@@ -436,6 +468,9 @@ impl Checked {
         if let Some(vip) = raw.vip {
             rules.vip(vip).map_err(problem)?;
         }
+        if let Some(name) = &raw.port_name {
+            rules::port_name(name).map_err(problem)?;
+        }
         for alias in &raw.aliases {
             rules::dns_name("alias", alias).map_err(problem)?;
         }
@@ -461,7 +496,10 @@ impl Checked {
         let service = Service {
             id,
             vip,
+            port_name: raw.port_name.map(|name| name.to_lowercase()),
             aliases: raw.aliases,
+            answer: raw.answer,
+            api_only: raw.api_only,
             policy: raw.policy,
             // An affinity of no time is none.
             affinity: raw.affinity.map(|span| span.0).filter(|time| !time.is_zero()),

@@ -1,7 +1,7 @@
 use tempfile::TempDir;
 
 use super::*;
-use crate::registry::rules;
+use crate::{model::Answer, registry::rules};
 
 const GOOD: &str = r#"
 [[service]]
@@ -50,8 +50,11 @@ name      = "backend"
 namespace = "service.local"
 protocol  = "udp"
 port      = 8080
+port_name = "http"
 vip       = "127.128.0.10"
 aliases   = ["backend"]
+answer    = "instances"
+api_only  = true
 policy    = "maglev"
 affinity  = "3h"
 drain     = "20s"
@@ -72,6 +75,7 @@ health  = "draining"
     let snapshot = news.snapshot.unwrap();
     let service = snapshot.services.values().next().unwrap();
     assert_eq!(service.id.to_string(), "backend.service.local:8080/udp");
+    assert_eq!((service.answer, service.api_only), (Answer::Instances, true));
     assert_eq!(service.instances[0].zone.as_deref(), Some("use1-az1"));
 }
 
@@ -110,6 +114,21 @@ fn bad_input_is_named_with_file_and_line() {
                 GOOD.replace("\"a\"", "\"b\"").replace("port = 80\n", "port = 80\nvip = \"127.128.0.1\"\n")
             ),
             "s.toml:12: service b.service.local:80/tcp: vip 127.128.0.1 port 80/tcp is already taken by service a.service.local:80/tcp",
+        ),
+        (
+            "s.toml",
+            GOOD.replace("port = 80\n", "port = 80\nport_name = \"8080\"\n"),
+            "s.toml:2: service a.service.local:80/tcp: port_name \"8080\" is not 1 to 15 letters",
+        ),
+        (
+            "s.toml",
+            GOOD.replace("port = 80\n", "port = 80\nanswer = \"all\"\n"),
+            "s.toml:6: unknown variant `all`, expected `vip` or `instances`",
+        ),
+        (
+            "s.toml",
+            format!("{GOOD}{}", GOOD.replace("port = 80\n", "port = 81\nanswer = \"instances\"\n")),
+            "s.toml:11: service a.service.local:81/tcp: answer or api_only differs from that of the same name's other port",
         ),
         (
             "s.toml",

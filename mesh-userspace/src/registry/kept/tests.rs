@@ -32,6 +32,9 @@ name = "b"
 namespace = "service.local"
 protocol = "udp"
 port = 53
+port_name = "dns"
+answer = "instances"
+api_only = true
 "#;
 
 const SOURCE: &str = "/etc/mesh/services.d";

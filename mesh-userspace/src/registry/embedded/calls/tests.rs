@@ -282,3 +282,36 @@ fn a_state_is_the_sum_of_its_changes() {
     assert!(again.load("nonsense", b"{}").is_err() && again.load("ns-1", b"{}").is_err());
     assert_eq!(translate::lease(&Attributes::new()), Ok(None));
 }
+
+#[test]
+fn a_service_of_an_http_namespace_or_of_type_http_is_api_only_and_others_choose_their_answer() {
+    let mut state = State::default();
+    let (_, http) = service(&mut state);
+    call(&mut state, "CreatePrivateDnsNamespace", json!({ "Name": "dns.example", "Vpc": "any" }));
+    let namespace = state.namespace_named("dns.example").unwrap().id.clone();
+    let mut create = |more: Value| {
+        let mut input = json!({ "Name": format!("s{}", state.services.len()), "NamespaceId": namespace });
+        input.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let created = call(&mut state, "CreateService", input);
+        created["Service"]["Id"].as_str().unwrap().to_owned()
+    };
+    let api = create(json!({ "Type": "HTTP" }));
+    let records = json!([{ "Type": "SRV", "TTL": 60 }]);
+    let plain = create(json!({ "DnsConfig": { "RoutingPolicy": "MULTIVALUE", "DnsRecords": records } }));
+    let tags = json!([{ "Key": "mesh.answer", "Value": "instances" }]);
+    let instances = create(json!({ "Tags": tags }));
+    for (id, api_only, answer) in [
+        (&http, true, model::Answer::Vip),
+        (&api, true, model::Answer::Vip),
+        (&plain, false, model::Answer::Vip),
+        (&instances, false, model::Answer::Instances),
+    ] {
+        call(&mut state, "RegisterInstance", register(id, "a", at("10.0.0.1", 8080)));
+        let service = translated(&state, id).0.unwrap();
+        assert_eq!((service.api_only, service.answer), (api_only, answer), "{}", service.id);
+    }
+    for (key, value) in [("mesh.answer", "both"), ("mesh.api_only", "true")] {
+        let input = json!({ "ServiceId": plain, "Attributes": { key: value } });
+        assert!(refused(&mut state, "UpdateServiceAttributes", input).starts_with("InvalidInput: "));
+    }
+}
