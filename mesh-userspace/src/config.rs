@@ -16,7 +16,7 @@ use serde::Deserialize;
 use crate::{
     datapath::mounts,
     plan::applied::Sizes,
-    registry::Rules,
+    registry::{self, Rules},
     watch::{self, Changes},
 };
 
@@ -146,6 +146,8 @@ pub enum Registry {
         #[serde(default = "embedded_listen")]
         listen: SocketAddr,
     },
+    Dns(registry::dns::Settings),
+    Etcd(registry::etcd::Settings),
 }
 
 fn embedded_listen() -> SocketAddr {
@@ -239,10 +241,12 @@ fn parse(path: &Path, text: &str) -> Result<Config, Error> {
         }
     }
     let dns = raw.dns.check(&ranges).map_err(|(at, message)| invalid(Some(at), message))?;
+    let rules =
+        Rules { vip_ranges: ranges, allow: raw.backends.allow, allow_loopback: raw.backends.allow_loopback };
     let mut registries = Vec::new();
     for table in raw.registry {
         let at = table.span().start;
-        let registry = registry(table.into_inner()).map_err(|message| invalid(Some(at), message))?;
+        let registry = registry(table.into_inner(), &rules).map_err(|message| invalid(Some(at), message))?;
         let is_embedded = |registry: &Registry| matches!(registry, Registry::Embedded { .. });
         if is_embedded(&registry) && registries.iter().any(is_embedded) {
             return Err(invalid(Some(at), "registry: there can be one of type embedded".into()));
@@ -254,19 +258,15 @@ fn parse(path: &Path, text: &str) -> Result<Config, Error> {
         node: raw.node.into_inner(),
         api: raw.api,
         web: raw.web,
-        rules: Rules {
-            vip_ranges: ranges,
-            allow: raw.backends.allow,
-            allow_loopback: raw.backends.allow_loopback,
-        },
+        rules,
         dns,
         datapath: raw.datapath.into_inner(),
         registries,
     })
 }
 
-fn registry(table: toml::Table) -> Result<Registry, String> {
-    const TYPES: [&str; 2] = ["file", "embedded"];
+fn registry(table: toml::Table, rules: &Rules) -> Result<Registry, String> {
+    const TYPES: [&str; 4] = ["file", "embedded", "dns", "etcd"];
     let kind =
         table.get("type").and_then(toml::Value::as_str).ok_or("registry: key `type` is missing")?.to_owned();
     if !TYPES.contains(&kind.as_str()) {
@@ -275,7 +275,14 @@ fn registry(table: toml::Table) -> Result<Registry, String> {
             TYPES.join(", ")
         ));
     }
-    table.try_into().map_err(|error: toml::de::Error| format!("registry of type {kind}: {}", error.message()))
+    let of_kind = |message: &str| format!("registry of type {kind}: {message}");
+    let registry = table.try_into().map_err(|error: toml::de::Error| of_kind(error.message()))?;
+    let checked = match &registry {
+        Registry::File { .. } | Registry::Embedded { .. } => Ok(()),
+        Registry::Dns(settings) => settings.check(rules),
+        Registry::Etcd(settings) => settings.check(rules),
+    };
+    checked.map_err(|message| of_kind(&message)).map(|()| registry)
 }
 
 fn vip_ranges(ranges: &toml::Spanned<Vec<toml::Spanned<IpNet>>>) -> Result<Vec<IpNet>, (usize, String)> {
@@ -315,6 +322,8 @@ impl Registry {
         match self {
             Self::File { path } => ("file", path.display().to_string()),
             Self::Embedded { listen } => ("embedded", listen.to_string()),
+            Self::Dns(settings) => ("dns", settings.source()),
+            Self::Etcd(settings) => ("etcd", settings.source()),
         }
     }
 }
@@ -482,6 +491,26 @@ path = "/etc/mesh/services.d"
             (
                 "[[registry]]\ntype = \"embedded\"\n[[registry]]\ntype = \"embedded\"\nlisten = \"127.0.0.1:1\"",
                 "mesh.toml:3: registry: there can be one of type embedded",
+            ),
+            (
+                "\n[[registry]]\ntype = \"etcd\"",
+                "mesh.toml:2: registry of type etcd: missing field `endpoints`",
+            ),
+            (
+                "[[registry]]\ntype = \"etcd\"\nendpoints = []",
+                "mesh.toml:1: registry of type etcd: endpoints names no server",
+            ),
+            (
+                "[[registry]]\ntype = \"etcd\"\nendpoints = [\"http://127.128.0.1:2379\"]",
+                "mesh.toml:1: registry of type etcd: endpoints: 127.128.0.1 lies in a VIP range",
+            ),
+            (
+                "[[registry]]\ntype = \"etcd\"\nendpoints = [\"http://x\"]\nprefix = \"/m/\"",
+                "mesh.toml:1: registry of type etcd: prefix \"/m/\"",
+            ),
+            (
+                "[[registry]]\ntype = \"etcd\"\nendpoints = [\"http://x\"]\ntoken = \"x\"",
+                "mesh.toml:1: registry of type etcd: unknown field `token`",
             ),
             ("\n[[registry]]\npath = \"x\"", "mesh.toml:2: registry: key `type` is missing"),
             ("\n[[registry]]\ntype = \"file\"", "mesh.toml:2: registry of type file: missing field `path`"),

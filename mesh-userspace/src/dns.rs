@@ -31,6 +31,7 @@ mod upstream;
 use metrics::Metrics;
 use table::{Table, View};
 use upstream::{Forwarder, Limits};
+pub(crate) use upstream::{Pool, ask, pool};
 
 pub use serve::Listener;
 

@@ -13,9 +13,12 @@ use crate::{
 };
 
 mod claims;
+pub mod dns;
 pub mod embedded;
+pub mod etcd;
 pub mod file;
 pub mod kept;
+pub mod remote;
 pub mod rules;
 
 pub use claims::Claims;
@@ -80,13 +83,16 @@ pub struct State {
     pub sync: Sync,
     pub last_sync: Option<SystemTime>,
     pub error: Option<String>,
+    /// Records that are not followed, and why.
+    pub problems: Vec<String>,
     /// `None` until the first answer.
     pub snapshot: Option<Arc<Snapshot>>,
 }
 
 impl State {
     pub fn new(kind: &'static str, source: String) -> Self {
-        Self { kind, source, sync: Sync::Failed, last_sync: None, error: None, snapshot: None }
+        let (sync, problems) = (Sync::Failed, Vec::new());
+        Self { kind, source, sync, last_sync: None, error: None, problems, snapshot: None }
     }
 
     /// Whether it was asked in this run, and something is known of it.
@@ -109,8 +115,28 @@ impl Publisher {
 
     /// What came of a read: news if there are any, and what is wrong. Receivers are told only if
     /// that changes something.
-    pub fn publish(&self, snapshot: Option<Snapshot>, error: Option<String>) {
+    pub fn publish(&self, snapshot: Option<Arc<Snapshot>>, error: Option<String>) {
         self.all.send_if_modified(|all| all[self.place].update(snapshot, error));
+    }
+
+    /// The registry was heard, and says what it said before.
+    pub fn heard(&self) {
+        self.all.send_if_modified(|all| {
+            let error = all[self.place].error.clone();
+            all[self.place].update(None, error)
+        });
+    }
+
+    /// Which records are not followed by now. That concerns nobody but people.
+    pub fn problems(&self, problems: Vec<String>) {
+        self.all.send_if_modified(|all| {
+            let State { kind, problems: known, .. } = &mut all[self.place];
+            for problem in problems.iter().filter(|problem| !known.contains(problem)) {
+                tracing::warn!("{kind}: {problem}");
+            }
+            *known = problems;
+            false
+        });
     }
 }
 
@@ -134,7 +160,25 @@ pub fn start(registry: config::Registry, start: Start) -> JoinHandle<()> {
             tokio::spawn(file::run(source, start.publisher, start.reload))
         }
         config::Registry::Embedded { listen } => tokio::spawn(embedded::run(listen, start)),
+        config::Registry::Etcd(settings) => {
+            let client = etcd::Client::new(settings, start.rules.clone());
+            tokio::spawn(remote::run(client, start))
+        }
+        config::Registry::Dns(settings) => {
+            let client = dns::Client::new(&settings, start.rules.clone());
+            tokio::spawn(remote::run(client, start))
+        }
     }
+}
+
+/// Asks a registry that answers without the daemon how many services it has, and what is wrong.
+pub async fn check(registry: config::Registry, rules: &Rules) -> Option<Result<usize, String>> {
+    Some(match registry {
+        config::Registry::File { path } => file::validate(&path, rules).map_err(|error| error.to_string()),
+        config::Registry::Embedded { .. } => return None,
+        config::Registry::Etcd(settings) => remote::check(etcd::Client::new(settings, rules.clone())).await,
+        config::Registry::Dns(settings) => remote::check(dns::Client::new(&settings, rules.clone())).await,
+    })
 }
 
 #[expect(clippy::disallowed_methods, reason = "shown to people, and kept over restarts")]
@@ -143,14 +187,14 @@ fn now() -> SystemTime {
 }
 
 impl State {
-    fn update(&mut self, snapshot: Option<Snapshot>, error: Option<String>) -> bool {
+    fn update(&mut self, snapshot: Option<Arc<Snapshot>>, error: Option<String>) -> bool {
         let before = (self.sync, self.is_heard());
         if error.is_none() {
             self.last_sync = Some(now());
         }
         let new = snapshot.is_some();
-        if let Some(snapshot) = snapshot {
-            self.snapshot = Some(Arc::new(snapshot));
+        if snapshot.is_some() {
+            self.snapshot = snapshot;
         }
         self.sync = match (&error, &self.snapshot) {
             (None, _) => Sync::Synced,

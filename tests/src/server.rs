@@ -175,7 +175,21 @@ impl Dns {
 
     /// From now on it answers nothing, and its socket is still there.
     pub fn fall_silent(&self) {
-        kill_process(Pid::from_child(&self.dnsmasq), Signal::STOP).unwrap();
+        self.signal(Signal::STOP);
+    }
+
+    /// It answers again.
+    pub fn wake(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    /// It reads its hosts files again.
+    pub fn reload(&self) {
+        self.signal(Signal::HUP);
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.dnsmasq), signal).unwrap();
     }
 }
 

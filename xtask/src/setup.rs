@@ -28,6 +28,9 @@ const PACKAGES: &[(&str, &str)] = &[
     // Debian keeps Python's own tests apart; apt-get takes a name that begins with ^ for a pattern.
     ("^libpython3[.][0-9]+-testsuite$", "python3 -c 'import test.test_socket'"),
     ("strace", "strace --version"),
+    // A registry on the network.
+    ("etcd-server", "etcd --version"),
+    ("etcd-client", "etcdctl version"),
     // The runtimes of the socket matrix.
     ("gcc", "gcc --version"),
     ("liburing-dev", "echo '#include <liburing.h>' | gcc -E -"),

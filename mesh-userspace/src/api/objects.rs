@@ -54,6 +54,8 @@ pub struct Registry {
     /// How long ago that was, by the wall clock.
     pub age_seconds: Option<u64>,
     pub error: Option<String>,
+    /// Records that are not followed, and why.
+    pub problems: Vec<String>,
 }
 
 /// How full a map is.
@@ -179,6 +181,11 @@ impl Status {
             PROGRAMS.map(|name| Program { name: name.into(), attached: view.pins.link_info(name).is_some() });
         let report = view.report.borrow().clone();
         let catalog = view.catalog.borrow().clone();
+        let registries = Registry::all(view);
+        let left_out = registries.iter().flat_map(|registry| {
+            registry.problems.iter().map(|problem| format!("{}: {problem}", registry.r#type))
+        });
+        let left_out: Vec<_> = left_out.collect();
         let conflicts = catalog.iter().flat_map(|catalog| &catalog.conflicts).cloned();
         Self {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -186,7 +193,7 @@ impl Status {
             cgroup: view.cgroup.display().to_string(),
             pin_dir: view.pins.dir().display().to_string(),
             programs: programs.into(),
-            registries: Registry::all(view),
+            registries,
             maps: view.maps(),
             dns: Dns {
                 listen: view.listen.clone(),
@@ -199,7 +206,9 @@ impl Status {
                 .flat_map(|c| c.services.values())
                 .map(|e| e.service.instances.len())
                 .sum(),
-            problems: conflicts
+            problems: left_out
+                .into_iter()
+                .chain(conflicts)
                 .chain(report.refused)
                 .chain(report.error)
                 .chain(view.dns.problems())
@@ -209,6 +218,14 @@ impl Status {
 }
 
 impl Registry {
+    /// What is wrong with it, on one line.
+    pub fn trouble(&self) -> Option<String> {
+        let more = self.problems.len().saturating_sub(1);
+        let more = if more > 0 { format!(" (and {more} more)") } else { String::new() };
+        let problem = || self.problems.first().map(|problem| format!("{problem}{more}"));
+        self.error.clone().or_else(problem)
+    }
+
     pub fn all(view: &View) -> Vec<Self> {
         view.registries.borrow().iter().map(Self::of).collect()
     }
@@ -229,6 +246,7 @@ impl Registry {
             last_sync: state.last_sync.map(rfc3339),
             age_seconds: age.map(|age| age.as_secs()),
             error: state.error.clone(),
+            problems: state.problems.clone(),
         }
     }
 }

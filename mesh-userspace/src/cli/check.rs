@@ -173,7 +173,7 @@ fn ports(config: &Config, running: bool, findings: &mut Vec<Finding>) {
     let dns = config.dns.listen.iter().map(|address| ("dns.listen", *address));
     let embedded = config.registries.iter().filter_map(|registry| match registry {
         config::Registry::Embedded { listen } => Some(("listen of the embedded registry", *listen)),
-        config::Registry::File { .. } => None,
+        _ => None,
     });
     let outside = config.dns.outside.iter().map(|address| ("dns.outside", *address));
     for (key, address) in web.chain(dns).chain(outside).chain(embedded) {
@@ -216,13 +216,17 @@ fn registries(config: &Config, findings: &mut Vec<Finding>) {
         findings.push(note("registry", "none is configured: there will be no services"));
     }
     for registry in &config.registries {
-        let config::Registry::File { path } = registry else { continue };
-        findings.push(match registry::file::validate(path, &config.rules) {
-            Ok(services) => ok("registry", format!("file {}: {services} services", path.display())),
-            Err(error) => {
-                fail("registry", error.to_string(), "mend the file; the daemon keeps the last good content")
-            }
+        let mut services = None;
+        let asked = ask(async {
+            services = registry::check(registry.clone(), &config.rules).await;
+            Ok(ExitCode::SUCCESS)
         });
+        let (kind, source) = registry.label();
+        findings.extend(asked.err().map(|error| note("registry", format!("cannot ask: {error}"))));
+        findings.extend(services.map(|services| match services {
+            Ok(services) => ok("registry", format!("{kind} {source}: {services} services")),
+            Err(error) => fail("registry", error, "mend that; the daemon keeps the last good content"),
+        }));
     }
 }
 

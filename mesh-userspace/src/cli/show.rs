@@ -188,7 +188,7 @@ pub(super) async fn registries(socket: &Path, args: &ListArgs) -> anyhow::Result
                 registry.instances.to_string(),
                 or_dash(registry.last_sync.clone()),
                 or_dash(registry.age_seconds.map(span)),
-                or_dash(registry.error.clone()),
+                or_dash(registry.trouble()),
             ]
         });
         let headers = ["TYPE", "SOURCE", "STATE", "SERVICES", "INSTANCES", "LAST SYNC", "AGE", "ERROR"];

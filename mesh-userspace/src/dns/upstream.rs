@@ -50,7 +50,7 @@ const IN_ALL: usize = 512;
 /// Below this name are questions by which the daemon finds out whether its own come back to it.
 const LOOP: &str = "mesh-loop.";
 
-type Pool = RetryDnsHandle<NameServerPool<TokioRuntimeProvider>>;
+pub(crate) type Pool = RetryDnsHandle<NameServerPool<TokioRuntimeProvider>>;
 
 /// The name servers that are asked now.
 pub(super) struct Forwarder {
@@ -147,7 +147,8 @@ fn options() -> ResolverOpts {
     options
 }
 
-fn pool(servers: &[SocketAddr]) -> Pool {
+/// Asks these servers, over UDP and, where that is too small, over TCP.
+pub(crate) fn pool(servers: &[SocketAddr]) -> Pool {
     let servers = servers.iter().map(|server| {
         let at_port = |mut connection: ConnectionConfig| {
             connection.port = server.port();
@@ -164,7 +165,7 @@ fn pool(servers: &[SocketAddr]) -> Pool {
 
 /// The same question from several clients is asked once; so one that goes in a circle waits for
 /// itself, and fails.
-async fn ask(pool: &Pool, query: Query) -> Result<Message, NetError> {
+pub(crate) async fn ask(pool: &Pool, query: Query) -> Result<Message, NetError> {
     let request = DnsRequest::from_query(query, DnsRequestOptions::default());
     let answer = pool.send(request).first_answer();
     // The pool tries for ever where it has too much to do.

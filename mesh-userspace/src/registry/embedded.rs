@@ -92,7 +92,7 @@ async fn serve(listener: TcpListener, engine: Engine, start: Start) {
     });
     let publish = async {
         while let Some((snapshot, error)) = news.recv().await {
-            publisher.publish(Some(snapshot), error);
+            publisher.publish(Some(snapshot.into()), error);
         }
     };
     tokio::select! {

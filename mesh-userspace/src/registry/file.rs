@@ -58,7 +58,7 @@ pub async fn run(mut source: Source, publisher: Publisher, mut reload: Receiver<
         });
         let news;
         (source, news) = read.await.expect("reading files does not panic");
-        publisher.publish(news.snapshot, news.error.map(|error| error.to_string()));
+        publisher.publish(news.snapshot.map(Arc::new), news.error.map(|error| error.to_string()));
         which = tokio::select! {
             _ = poll.tick() => Which::Settled,
             names = changes.wait() => Which::Named(names),

@@ -71,7 +71,7 @@ fn the_objects_have_the_fields_that_do_not_change() {
     assert_eq!((&registry["services"], &registry["instances"]), (&json!(1), &json!(1)));
     assert_eq!(
         keys(registry),
-        ["age_seconds", "error", "instances", "last_sync", "services", "source", "state", "type"]
+        ["age_seconds", "error", "instances", "last_sync", "problems", "services", "source", "state", "type"]
     );
     assert_eq!(keys(&mesh.json(&["registry", "list"])[0]), keys(registry));
     assert!(

@@ -14,7 +14,7 @@ use super::records::{Attributes, Instance, Namespace, NamespaceType, Service, St
 use crate::{
     model::{self, Health},
     registry::{
-        file::format::{self, Records},
+        file::format,
         rules::{self, Rules},
     },
 };
@@ -130,10 +130,7 @@ fn service_at(
     record.insert("namespace".into(), namespace.name.as_str().into());
     let api_only = namespace.kind == NamespaceType::Http || service.http_only;
     record.insert("api_only".into(), api_only.into());
-    let records: Records = serde_json::from_value(Value::Array(vec![record.into()]))
-        .map_err(|error| format!("service {}.{}: {error}", service.name, namespace.name))?;
-    let (mut services, mut refused) = format::check(records, rules);
-    services.pop().ok_or_else(|| refused.pop().unwrap_or_default())
+    format::service(record.into(), rules)
 }
 
 /// The service as mesh has it, and the instances that are left out, with the reasons. `Ok(None)`

@@ -9,6 +9,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize, Serializer, de::DeserializeOwned};
+use serde_json::Value;
 
 use crate::{
     model::{Answer, DRAIN, Eject, Health, Instance, Policy, Protocol, Service, ServiceId},
@@ -237,6 +238,21 @@ pub(in crate::registry) fn check(Records(services): Records, rules: &Rules) -> (
         refused.extend(checked.add(record, rules).err().map(|(_, message)| message));
     }
     (checked.services, refused)
+}
+
+/// One service, in the form of JSON.
+pub(in crate::registry) fn service(record: Value, rules: &Rules) -> Result<Service, String> {
+    let name = record["name"].as_str().unwrap_or_default().to_owned();
+    let records = serde_json::from_value(Value::Array(vec![record]));
+    let records = records.map_err(|error| format!("service {name:?}: {error}"))?;
+    let (mut services, mut refused) = check(records, rules);
+    services.pop().ok_or_else(|| refused.pop().unwrap_or_default())
+}
+
+/// One instance, in the form of JSON.
+pub(in crate::registry) fn instance(record: Value, rules: &Rules) -> Result<Instance, String> {
+    let record: RawInstance = serde_json::from_value(record).map_err(|error| error.to_string())?;
+    record.checked(rules)
 }
 
 /// Writes all services of a snapshot as a services file has them.
@@ -523,22 +539,29 @@ fn instances(
     let (mut ids, mut endpoints) = (HashSet::new(), HashSet::new());
     let mut instances = Vec::with_capacity(raw.len());
     for Located { line, value: raw } in raw {
-        let problem =
-            |message: String| (line, format!("service {service}: instance {:?}: {message}", raw.id));
-        rules::instance_id(&raw.id).map_err(problem)?;
-        rules.backend(raw.address).map_err(problem)?;
-        if let Some(zone) = &raw.zone {
-            rules::dns_name("zone", zone).map_err(problem)?;
+        let id = raw.id.clone();
+        let problem = |message: &str| (line, format!("service {service}: instance {id:?}: {message}"));
+        let instance = raw.checked(rules).map_err(|message| problem(&message))?;
+        if !ids.insert(instance.id.clone()) {
+            return Err(problem("the id is used twice"));
         }
-        let address = raw.address.to_canonical();
-        if !ids.insert(raw.id.clone()) {
-            return Err(problem("the id is used twice".into()));
+        let Instance { address, port, .. } = instance;
+        if !endpoints.insert((address, port)) {
+            return Err(problem(&format!("{address} port {port} is used twice")));
         }
-        if !endpoints.insert((address, raw.port)) {
-            return Err(problem(format!("{address} port {} is used twice", raw.port)));
-        }
-        let RawInstance { id, port, weight, zone, health, .. } = raw;
-        instances.push(Instance { id, address, port, weight, zone, health });
+        instances.push(instance);
     }
     Ok(instances)
+}
+
+impl RawInstance {
+    fn checked(self, rules: &Rules) -> Result<Instance, String> {
+        let Self { id, address, port, weight, zone, health } = self;
+        rules::instance_id(&id)?;
+        rules.backend(address)?;
+        if let Some(zone) = &zone {
+            rules::dns_name("zone", zone)?;
+        }
+        Ok(Instance { id, address: address.to_canonical(), port, weight, zone, health })
+    }
 }

@@ -46,7 +46,7 @@ fn delivered(services: &str) -> State {
     let services = format::parse(&path, services, &rules::for_tests()).unwrap();
     let mut state = State::new("file", SOURCE.into());
     let snapshot = Snapshot::complete(by_id(services.unwrap().into_iter().map(Arc::new)));
-    state.update(Some(snapshot), None);
+    state.update(Some(snapshot.into()), None);
     state
 }
 

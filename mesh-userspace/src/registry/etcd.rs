@@ -1,0 +1,368 @@
+//! The etcd registry, through etcd's JSON gateway: everything is listed once, then watched from that
+//! revision on.
+
+use std::time::Duration;
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use reqwest::Url;
+use serde::{Deserialize, Deserializer, de::DeserializeOwned};
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use super::{
+    Rules,
+    remote::{self, Body, Said, jitter, reason},
+};
+
+mod mirror;
+
+use mirror::Mirror;
+
+/// As many keys are asked for at a time; fewer where they hold so much that the answer is too large.
+const PAGE: usize = 1000;
+
+/// The largest answer, and the largest message of a watch, in bytes. etcd takes requests of 1.5 MiB.
+const MAX: usize = 16 << 20;
+
+const LATE: &str = "no answer in time";
+
+/// The longest time for one page, however slowly it comes.
+const PAGE_TIME: Duration = Duration::from_secs(8);
+
+/// The keys in the configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    endpoints: Vec<String>,
+    #[serde(default = "prefix")]
+    prefix: String,
+}
+
+fn prefix() -> String {
+    "/mesh".into()
+}
+
+impl Settings {
+    pub fn check(&self, rules: &Rules) -> Result<(), String> {
+        if self.endpoints.is_empty() {
+            return Err("endpoints names no server".into());
+        }
+        if self.prefix.is_empty() || self.prefix.ends_with('/') {
+            return Err(format!("prefix {:?} must not be empty or end with a slash", self.prefix));
+        }
+        self.endpoints.iter().try_for_each(|endpoint| {
+            remote::url(endpoint, &rules.vip_ranges).map_err(|why| format!("endpoints: {why}")).map(drop)
+        })
+    }
+
+    pub fn source(&self) -> String {
+        format!("{} {}", self.endpoints.join(","), self.prefix)
+    }
+}
+
+pub struct Client {
+    http: reqwest::Client,
+    endpoints: Vec<Url>,
+    /// The one to ask.
+    endpoint: usize,
+    prefix: String,
+    mirror: Mirror,
+    watch: Option<Watch>,
+    /// The question whether the server is still there.
+    alive: JoinSet<Result<(), String>>,
+}
+
+/// What is told of changes.
+struct Watch {
+    answer: reqwest::Response,
+    /// The beginning of a message.
+    partial: Vec<u8>,
+}
+
+impl Client {
+    /// With settings that were checked.
+    pub fn new(settings: Settings, rules: Rules) -> Self {
+        let Settings { endpoints, prefix } = settings;
+        let endpoints = endpoints.iter().filter_map(|text| Url::parse(text).ok()).collect();
+        let http = remote::http(&rules.vip_ranges);
+        let mirror = Mirror::new(&prefix, rules);
+        Self { http, endpoints, endpoint: 0, prefix, mirror, watch: None, alive: JoinSet::new() }
+    }
+
+    fn url(&self) -> &Url {
+        &self.endpoints[self.endpoint]
+    }
+
+    async fn open(&mut self) -> Result<Watch, String> {
+        let revision = self.list().await?;
+        let from = json!({ "start_revision": (revision + 1).to_string() });
+        let request = json!({ "create_request": self.range(self.start(), from) });
+        let sent = post(&self.http, self.url(), "v3/watch", &request);
+        let answer = tokio::time::timeout(remote::ANSWER, sent).await.map_err(|_| LATE)??;
+        let mut watch = Watch { answer, partial: Vec::new() };
+        // The first message says that it watches.
+        let first = tokio::time::timeout(remote::ANSWER, watch.messages()).await;
+        for message in first.map_err(|_| LATE)?? {
+            self.take(message)?;
+        }
+        Ok(watch)
+    }
+
+    /// Reads everything; the revision that this is.
+    async fn list(&mut self) -> Result<i64, String> {
+        let mut from = self.start();
+        let mut limit = PAGE;
+        let mut revision = None;
+        self.mirror.begin();
+        loop {
+            let at = json!({ "limit": limit.to_string(), "revision": revision.unwrap_or(0).to_string() });
+            let request = self.range(from.clone(), at);
+            let page = async {
+                let answer =
+                    post(&self.http, self.url(), "v3/kv/range", &request).await.map_err(Body::Failed)?;
+                remote::body(answer, MAX).await
+            };
+            let page: Page = match tokio::time::timeout(PAGE_TIME, page).await {
+                Err(_) => return Err("no whole answer in time".into()),
+                Ok(Err(Body::TooLarge)) if limit > 1 => {
+                    limit /= 2;
+                    continue;
+                }
+                Ok(Err(Body::TooLarge)) => return Err(format!("a key holds more than {MAX} bytes")),
+                Ok(Err(Body::Failed(why))) => return Err(why),
+                Ok(Ok(body)) => parse(&body)?,
+            };
+            // All pages are of the revision of the first.
+            let revision = *revision.get_or_insert(page.header.revision);
+            let last = page.kvs.last().map(|kv| kv.key.0.clone());
+            for Kv { key, value, create_revision } in page.kvs {
+                self.mirror.put(&key.0, &value.0, create_revision);
+            }
+            match last.filter(|_| page.more) {
+                None => {
+                    self.mirror.listed();
+                    return Ok(revision);
+                }
+                Some(last) => {
+                    from = last;
+                    from.push(0);
+                }
+            }
+        }
+    }
+
+    fn start(&self) -> Vec<u8> {
+        format!("{}/", self.prefix).into()
+    }
+
+    /// The keys from `from` to the last one below the prefix.
+    fn range(&self, from: Vec<u8>, mut more: Value) -> Value {
+        more["key"] = BASE64_STANDARD.encode(from).into();
+        // The byte after a slash.
+        more["range_end"] = BASE64_STANDARD.encode(format!("{}0", self.prefix)).into();
+        more
+    }
+
+    /// Asks in a while whether the server still answers.
+    fn ask(&self) -> impl Future<Output = Result<(), String>> + Send + 'static {
+        let (http, url) = (self.http.clone(), self.url().clone());
+        let request = self.range(self.start(), json!({ "count_only": true }));
+        async move {
+            tokio::time::sleep(jitter(remote::PERIOD)).await;
+            let answer = async {
+                let answer = post(&http, &url, "v3/kv/range", &request).await?;
+                remote::body(answer, MAX).await.map(drop).map_err(|_| "no whole answer".to_owned())
+            };
+            tokio::time::timeout(remote::ANSWER, answer).await.map_err(|_| LATE)?
+        }
+    }
+
+    /// Whether a message changed anything.
+    fn take(&mut self, message: Message) -> Result<bool, String> {
+        if let Some(error) = message.error {
+            return Err(format!("the watch has failed: {error}"));
+        }
+        let told = message.result;
+        if told.canceled {
+            return Err(match told.compact_revision {
+                0 => format!("the watch was cancelled: {}", told.cancel_reason),
+                revision => {
+                    format!("history is compacted up to revision {revision}: everything is read again")
+                }
+            });
+        }
+        let changed = !told.events.is_empty();
+        for Event { kind, kv } in told.events {
+            match &*kind {
+                "DELETE" => self.mirror.delete(&kv.key.0),
+                _ => self.mirror.put(&kv.key.0, &kv.value.0, kv.create_revision),
+            }
+        }
+        Ok(changed)
+    }
+
+    async fn wait(&mut self) -> Result<bool, String> {
+        if self.alive.is_empty() {
+            self.alive.spawn(self.ask());
+        }
+        let watch = self.watch.as_mut().ok_or("not connected")?;
+        let messages = tokio::select! {
+            messages = watch.messages() => messages?,
+            Some(alive) = self.alive.join_next() => {
+                alive.map_err(|error| error.to_string())??;
+                Vec::new()
+            }
+        };
+        let mut changed = false;
+        for message in messages {
+            changed |= self.take(message)?;
+        }
+        Ok(changed)
+    }
+}
+
+impl remote::Client for Client {
+    async fn connect(&mut self) -> Result<(), String> {
+        self.watch = None;
+        self.alive = JoinSet::new();
+        let mut errors = Vec::new();
+        for _ in 0..self.endpoints.len() {
+            match self.open().await {
+                Ok(watch) => {
+                    self.watch = Some(watch);
+                    return Ok(());
+                }
+                Err(why) => errors.push(self.failed(&why)),
+            }
+        }
+        Err(errors.join("; "))
+    }
+
+    async fn news(&mut self) -> Result<bool, String> {
+        self.wait().await.map_err(|why| self.failed(&why))
+    }
+
+    fn read(&mut self) -> Said {
+        self.mirror.read()
+    }
+}
+
+impl Client {
+    /// Turns to the next endpoint.
+    fn failed(&mut self, why: &str) -> String {
+        let error = format!("etcd {}: {why}", self.url().as_str().trim_end_matches('/'));
+        self.endpoint = (self.endpoint + 1) % self.endpoints.len();
+        error
+    }
+}
+
+impl Watch {
+    /// The next whole messages. Nothing is lost when the wait is given up.
+    async fn messages(&mut self) -> Result<Vec<Message>, String> {
+        loop {
+            let chunk = self.answer.chunk().await.map_err(reason)?.ok_or("the watch has ended")?;
+            self.partial.extend_from_slice(&chunk);
+            if self.partial.len() > MAX {
+                return Err(format!("a message of the watch has more than {MAX} bytes"));
+            }
+            if !chunk.contains(&b'\n') {
+                continue;
+            }
+            let end = self.partial.iter().rposition(|byte| *byte == b'\n').unwrap_or_default();
+            let rest = self.partial.split_off(end + 1);
+            let whole = std::mem::replace(&mut self.partial, rest);
+            return whole.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).map(parse).collect();
+        }
+    }
+}
+
+async fn post(
+    http: &reqwest::Client,
+    url: &Url,
+    path: &str,
+    body: &Value,
+) -> Result<reqwest::Response, String> {
+    let url = url.join(path).map_err(|error| error.to_string())?;
+    let answer = http.post(url).body(body.to_string()).send().await.map_err(reason)?;
+    if answer.status().is_success() {
+        return Ok(answer);
+    }
+    let status = answer.status();
+    let text = remote::body(answer, 1 << 16).await.unwrap_or_default();
+    let told = serde_json::from_slice::<Value>(&text).unwrap_or_default();
+    Err(format!("{status}: {}", told["error"].as_str().unwrap_or("no reason is given")))
+}
+
+fn parse<T: DeserializeOwned>(text: &[u8]) -> Result<T, String> {
+    serde_json::from_slice(text).map_err(|error| format!("what it says is not etcd's: {error}"))
+}
+
+/// The answer to a range request.
+#[derive(Deserialize)]
+struct Page {
+    header: Header,
+    #[serde(default)]
+    kvs: Vec<Kv>,
+    #[serde(default)]
+    more: bool,
+}
+
+#[derive(Deserialize)]
+struct Header {
+    #[serde(deserialize_with = "int64")]
+    revision: i64,
+}
+
+#[derive(Deserialize)]
+struct Kv {
+    key: Bytes,
+    #[serde(default)]
+    value: Bytes,
+    #[serde(default, deserialize_with = "int64")]
+    create_revision: i64,
+}
+
+/// A line of a watch.
+#[derive(Deserialize)]
+struct Message {
+    #[serde(default)]
+    result: Told,
+    error: Option<Value>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Told {
+    canceled: bool,
+    #[serde(deserialize_with = "int64")]
+    compact_revision: i64,
+    cancel_reason: String,
+    events: Vec<Event>,
+}
+
+#[derive(Deserialize)]
+struct Event {
+    /// Not given for a put, which is protobuf's zero.
+    #[serde(default, rename = "type")]
+    kind: String,
+    kv: Kv,
+}
+
+#[derive(Default)]
+struct Bytes(Vec<u8>);
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        BASE64_STANDARD.decode(text).map(Self).map_err(serde::de::Error::custom)
+    }
+}
+
+/// Protobuf's JSON has these as texts.
+fn int64<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    text.parse().map_err(serde::de::Error::custom)
+}
+
+#[cfg(test)]
+mod tests;

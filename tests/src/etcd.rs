@@ -1,0 +1,110 @@
+//! A real etcd.
+
+use std::{
+    fs,
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use crate::{free_address, text, wait_until};
+
+/// One server, until the test ends.
+pub struct Etcd {
+    pub address: String,
+    peer: String,
+    dir: TempDir,
+    server: Child,
+}
+
+impl Etcd {
+    pub fn start() -> Self {
+        let (address, peer) = (free_address(), free_address());
+        let dir = TempDir::with_prefix("mesh-etcd").unwrap();
+        let server = launch(&address, &peer, &dir);
+        let etcd = Self { address, peer, dir, server };
+        etcd.wait();
+        etcd
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// `kill -9`.
+    pub fn kill(&mut self) {
+        self.server.kill().unwrap();
+        self.server.wait().unwrap();
+    }
+
+    /// After [`kill`](Self::kill), with what it held.
+    pub fn restart(&mut self) {
+        self.server = launch(&self.address, &self.peer, &self.dir);
+        self.wait();
+    }
+
+    /// After [`kill`](Self::kill), with nothing.
+    pub fn restart_empty(&mut self) {
+        fs::remove_dir_all(self.data()).unwrap();
+        self.restart();
+    }
+
+    fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    /// It takes connections, and answers nothing.
+    pub fn freeze(&self) {
+        kill_process(Pid::from_child(&self.server), Signal::STOP).unwrap();
+    }
+
+    pub fn thaw(&self) {
+        kill_process(Pid::from_child(&self.server), Signal::CONT).unwrap();
+    }
+
+    fn client(&self) -> Command {
+        let mut etcdctl = Command::new("etcdctl");
+        etcdctl.env("ETCDCTL_API", "3").args(["--endpoints", &self.address]);
+        etcdctl
+    }
+
+    /// What `etcdctl ARGS` prints; it must work.
+    pub fn ctl(&self, args: &[&str]) -> String {
+        let output = self.client().args(args).output().unwrap();
+        assert!(output.status.success(), "etcdctl {args:?}: {}", text(&output));
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    pub fn put(&self, key: &str, value: &str) {
+        self.ctl(&["put", key, value]);
+    }
+
+    pub fn delete(&self, key: &str) {
+        self.ctl(&["del", key]);
+    }
+
+    fn wait(&self) {
+        wait_until("etcd answers", || {
+            self.client().args(["endpoint", "health"]).output().unwrap().status.success()
+        });
+    }
+}
+
+fn launch(address: &str, peer: &str, dir: &TempDir) -> Child {
+    let (address, peer) = (format!("http://{address}"), format!("http://{peer}"));
+    let mut etcd = Command::new("etcd");
+    etcd.arg("--data-dir").arg(dir.path().join("data"));
+    etcd.args(["--listen-client-urls", &address, "--advertise-client-urls", &address]);
+    etcd.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
+    etcd.args(["--initial-cluster", &format!("default={peer}")]);
+    etcd.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}

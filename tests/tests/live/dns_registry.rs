@@ -1,0 +1,205 @@
+//! The DNS registry, against a real dnsmasq.
+
+use std::fs;
+
+use mesh_tests::{
+    Mesh, figure, free_address,
+    server::{Dns, Server},
+    text, wait_until,
+};
+use serde_json::Value;
+
+use crate::traffic::Traffic;
+
+const VIP: &str = "127.128.41.1";
+
+/// A name server whose addresses can be changed.
+struct Zone {
+    address: String,
+    hosts: tempfile::NamedTempFile,
+    options: Vec<String>,
+}
+
+impl Zone {
+    /// `backend` has both servers behind one SRV name: the first at `a.example`, the other at `b.example`.
+    fn new(one: &Server, two: &Server) -> Self {
+        let srv = |host: &str, server: &Server, weight: u16| {
+            format!("--srv-host=_http._tcp.backend.example,{host}.example,{},1,{weight}", server.port())
+        };
+        let hosts = tempfile::NamedTempFile::new().unwrap();
+        let mut options = vec![srv("a", one, 10), srv("b", two, 10)];
+        options.push(format!("--addn-hosts={}", hosts.path().display()));
+        options.extend(["--local=/example/", "--local-ttl=1"].map(Into::into));
+        // Asked, and never answered for.
+        options.push("--server=/broken.example/127.0.0.1#1".into());
+        let zone = Self { address: free_address(), hosts, options };
+        zone.write(&[("a", "127.0.0.1"), ("b", "127.0.0.2"), ("db", "127.0.0.1")]);
+        zone
+    }
+
+    fn write(&self, hosts: &[(&str, &str)]) {
+        let lines: String =
+            hosts.iter().map(|(name, address)| format!("{address} {name}.example\n")).collect();
+        fs::write(self.hosts.path(), lines).unwrap();
+    }
+
+    fn serve(&self) -> Dns {
+        Dns::at(&self.address, &self.options.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
+    /// With a service for the SRV name, and one for the address of `db.example` at the first server's port.
+    fn mesh(&self, db: &Server, more: &str) -> Mesh {
+        let mut mesh = Mesh::prepare("service = []");
+        mesh.configure(&format!(
+            r#"
+[[registry]]
+type = "dns"
+servers = ["{}"]
+[[registry.name]]
+srv = "_http._tcp.backend.example"
+port = 80
+name = "backend"
+namespace = "service.local"
+vip = "{VIP}"
+policy = "random"
+[[registry.name]]
+a = "db.example"
+port = {}
+name = "db"
+namespace = "service.local"
+vip = "127.128.41.2"
+{more}"#,
+            self.address,
+            db.port()
+        ));
+        mesh.launch();
+        mesh.ready();
+        mesh
+    }
+}
+
+fn dial(mesh: &Mesh, to: &str) -> String {
+    let (address, port) = to.split_once(':').unwrap();
+    mesh.python(&format!(
+        r#"
+import socket
+try:
+    print(socket.create_connection(("{address}", {port}), 5).recv(9).decode())
+except OSError as e:
+    print(e)
+"#
+    ))
+}
+
+fn registry(mesh: &Mesh) -> Value {
+    mesh.json(&["registry", "list"])[1].clone()
+}
+
+fn wait_for_state(mesh: &Mesh, state: &str) {
+    wait_until(&format!("dns is {state}"), || registry(mesh)["state"] == state);
+}
+
+fn names(mesh: &Mesh, what: &str) -> bool {
+    registry(mesh)["problems"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .any(|problem| problem.as_str().unwrap().contains(what))
+}
+
+#[test]
+fn srv_records_and_addresses_are_backends_and_are_followed() {
+    let (one, two) = (Server::start("one"), Server::start_at("two", "127.0.0.2:0"));
+    let zone = Zone::new(&one, &two);
+    let dns = zone.serve();
+    let broken = "[[registry.name]]\na = \"x.broken.example\"\nport = 80\nname = \"x\"\nnamespace = \"y\"\n";
+    let mesh = zone.mesh(&one, broken);
+    let (backend, db) = (format!("{VIP}:80"), format!("127.128.41.2:{}", one.port()));
+    mesh.wait_for_backends(&backend, 2);
+    assert_eq!(dial(&mesh, &db), "one");
+    // A name that nobody answers for is named, and the others are served.
+    assert!(names(&mesh, "x.broken.example: "), "{}", registry(&mesh));
+    assert_eq!(registry(&mesh)["state"], "synced");
+    let check = std::process::Command::new(mesh_tests::binary())
+        .args(["check", "--pre", "--config"])
+        .arg(&mesh.config)
+        .output();
+    assert!(text(&check.unwrap()).contains("x.broken.example: "));
+
+    // There is no `b.example` any more: it does not exist, which is an answer.
+    zone.write(&[("a", "127.0.0.1"), ("db", "127.0.0.1")]);
+    dns.reload();
+    mesh.wait_for_backends(&backend, 1);
+    assert_eq!(dial(&mesh, &backend), "one");
+    zone.write(&[("a", "127.0.0.1")]);
+    dns.reload();
+    wait_until("db is gone", || dial(&mesh, &db).contains("refused"));
+
+    // What breaks the rules is named. Alone, it is nonsense, and what was there before stays.
+    zone.write(&[("a", "127.0.0.1"), ("b", "127.0.0.2"), ("b", "169.254.169.254")]);
+    dns.reload();
+    mesh.wait_for_backends(&backend, 2);
+    wait_until("it is named", || {
+        names(&mesh, "_http._tcp.backend.example: address 169.254.169.254 is link-local")
+    });
+    zone.write(&[("a", "169.254.169.254"), ("b", "0.0.0.0")]);
+    dns.reload();
+    wait_until("it is named", || names(&mesh, "what it had before stays in use"));
+    wait_until("all is kept", || mesh.kernel_backends(&backend).len() == 2);
+    zone.write(&[("b", "127.0.0.2")]);
+    dns.reload();
+    mesh.wait_for_backends(&backend, 1);
+    assert_eq!(dial(&mesh, &backend), "two");
+}
+
+#[test]
+fn a_name_server_that_fails_in_any_way_fails_no_connect() {
+    let (one, two) = (Server::start("one"), Server::start_at("two", "127.0.0.2:0"));
+    let zone = Zone::new(&one, &two);
+    let dns = zone.serve();
+    let mut mesh = zone.mesh(&one, "");
+    mesh.wait_for_backends(&format!("{VIP}:80"), 2);
+    let traffic = Traffic::start(&mesh, VIP);
+
+    dns.fall_silent();
+    wait_for_state(&mesh, "stale");
+    assert!(registry(&mesh)["error"].to_string().contains("no answer in time"), "{}", registry(&mesh));
+    dns.wake();
+    wait_for_state(&mesh, "synced");
+
+    // Gone, and then one that knows nothing and refuses to answer.
+    drop(dns);
+    wait_for_state(&mesh, "stale");
+    let other = Dns::at(&zone.address, &[]);
+    wait_until("it refuses", || registry(&mesh)["error"].to_string().contains("Refused"));
+    drop(other);
+
+    // One that says that there are no such names.
+    let empty = Dns::at(&zone.address, &["--local=/example/"]);
+    wait_until("the fuse", || {
+        registry(&mesh)["error"].to_string().contains("only 0 instances of 0 services are left")
+    });
+    drop(empty);
+    wait_until("it is gone", || !registry(&mesh)["error"].to_string().contains("only 0 instances"));
+
+    // The daemon starts while nobody answers.
+    mesh.kill();
+    mesh.launch();
+    mesh.ready();
+    assert_eq!(registry(&mesh)["state"], "stale");
+    figure(&format!(
+        "name server silent, gone, refusing, empty: {} connects, none failed",
+        traffic.end(&["one", "two"])
+    ));
+    mesh.kill();
+    assert!(mesh.cleanup().status.success());
+    mesh.launch();
+    mesh.ready();
+    assert!(["one", "two"].contains(&&*dial(&mesh, &format!("{VIP}:80"))), "from the state folder");
+
+    zone.write(&[("b", "127.0.0.2"), ("db", "127.0.0.1")]);
+    let _dns = zone.serve();
+    wait_for_state(&mesh, "synced");
+    mesh.wait_for_backends(&format!("{VIP}:80"), 1);
+    assert_eq!(dial(&mesh, &format!("{VIP}:80")), "two");
+}

@@ -1,0 +1,340 @@
+//! The etcd registry, against a real etcd.
+
+use std::{
+    io::{Read, Write},
+    net::{Shutdown, TcpListener, TcpStream},
+    process::{Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread,
+    time::Instant,
+};
+
+use mesh_tests::{Mesh, etcd::Etcd, figure, free_address, server::Server, text, wait_until};
+use serde_json::Value;
+
+use crate::traffic::Traffic;
+
+const VIP: &str = "127.128.40.1";
+const SERVICE: &str = "/mesh/services/service.local/echo";
+
+fn key(id: &str) -> String {
+    format!("/mesh/instances/service.local/echo/{id}")
+}
+
+fn at(server: &Server) -> String {
+    format!(r#"{{"address": "127.0.0.1", "port": {}}}"#, server.port())
+}
+
+/// An etcd that knows a service with these instances, each by its name.
+fn etcd(instances: &[(&str, &Server)]) -> Etcd {
+    let etcd = Etcd::start();
+    etcd.put(SERVICE, &format!(r#"{{"port": 80, "vip": "{VIP}", "policy": "random"}}"#));
+    for (name, server) in instances {
+        etcd.put(&key(name), &at(server));
+    }
+    etcd
+}
+
+/// A daemon beside it that has not been started.
+fn prepare(endpoints: &[&str]) -> Mesh {
+    let mesh = Mesh::prepare("service = []");
+    mesh.configure(&format!("[[registry]]\ntype = \"etcd\"\nendpoints = {endpoints:?}\n"));
+    mesh
+}
+
+fn start(etcd: &Etcd) -> Mesh {
+    let mut mesh = prepare(&[&etcd.url()]);
+    mesh.launch();
+    mesh.ready();
+    mesh
+}
+
+fn dial(mesh: &Mesh) -> String {
+    mesh.python(&format!(
+        r#"
+import socket
+try:
+    print(socket.create_connection(("{VIP}", 80), 5).recv(9).decode())
+except OSError as e:
+    print(e)
+"#
+    ))
+}
+
+fn registry(mesh: &Mesh) -> Value {
+    mesh.json(&["registry", "list"])[1].clone()
+}
+
+fn wait_for_state(mesh: &Mesh, state: &str) {
+    wait_until(&format!("etcd is {state}"), || registry(mesh)["state"] == state);
+}
+
+#[test]
+fn what_is_put_and_deleted_is_followed_and_leases_end() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let etcd = etcd(&[("one", &one)]);
+    // The first endpoint is nobody's.
+    let mut mesh = prepare(&[&format!("http://{}", free_address()), &etcd.url()]);
+    mesh.launch();
+    mesh.ready();
+    wait_until("the instance", || dial(&mesh) == "one");
+    wait_for_state(&mesh, "synced");
+    assert_eq!((&registry(&mesh)["services"], &registry(&mesh)["instances"]), (&1.into(), &1.into()));
+
+    etcd.put(&key("two"), &at(&two));
+    mesh.wait_for_backends(&format!("{VIP}:80"), 2);
+    etcd.delete(&key("one"));
+    mesh.wait_for_backends(&format!("{VIP}:80"), 1);
+    assert_eq!(dial(&mesh), "two");
+
+    let lease = etcd.ctl(&["lease", "grant", "1"]);
+    let lease = lease.split(' ').nth(1).unwrap();
+    etcd.ctl(&["put", "--lease", lease, &key("one"), &at(&one)]);
+    mesh.wait_for_backends(&format!("{VIP}:80"), 2);
+    mesh.wait_for_backends(&format!("{VIP}:80"), 1);
+    assert_eq!(dial(&mesh), "two");
+    assert_eq!(registry(&mesh)["error"], Value::Null);
+
+    // What many keys say is read in several pages.
+    let transaction: String = (0..120).map(|n| format!("put {} {}\n", key(&format!("x{n}")), n)).collect();
+    for half in 0..20 {
+        let more = transaction.replace("/x", &format!("/{half}-"));
+        let mut etcdctl = Command::new("etcdctl");
+        etcdctl.env("ETCDCTL_API", "3").args(["--endpoints", &etcd.address, "txn"]).stdin(Stdio::piped());
+        let mut etcdctl = etcdctl.stdout(Stdio::null()).spawn().unwrap();
+        etcdctl.stdin.take().unwrap().write_all(format!("\n{more}\n\n").as_bytes()).unwrap();
+        assert!(etcdctl.wait().unwrap().success());
+    }
+    wait_until("all of them are named", || left_out(&mesh).contains("2380 more"));
+    mesh.hang_up();
+    wait_until("they are read again", || left_out(&mesh).contains("2380 more"));
+    assert_eq!(dial(&mesh), "two");
+}
+
+/// The last problem of the registry.
+fn left_out(mesh: &Mesh) -> String {
+    registry(mesh)["problems"].as_array().unwrap().last().map(ToString::to_string).unwrap_or_default()
+}
+
+#[test]
+fn a_kill_and_a_restart_of_etcd_fail_no_connect() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let mut etcd = etcd(&[("one", &one)]);
+    let mesh = start(&etcd);
+    assert_eq!(dial(&mesh), "one");
+    let traffic = Traffic::start(&mesh, VIP);
+    for round in 0..3 {
+        etcd.kill();
+        wait_for_state(&mesh, "stale");
+        let error = registry(&mesh)["error"].to_string();
+        assert!(error.contains(&etcd.address), "{error}");
+        // Long enough for the longest pause between attempts.
+        thread::sleep(std::time::Duration::from_secs(2));
+        etcd.restart();
+        let back = Instant::now();
+        wait_for_state(&mesh, "synced");
+        figure(&format!("etcd back: synced again after {} ms", back.elapsed().as_millis()));
+        let (gone, new) = if round % 2 == 0 { ("one", "two") } else { ("two", "one") };
+        etcd.put(&key(new), &at(if new == "one" { &one } else { &two }));
+        mesh.wait_for_backends(&format!("{VIP}:80"), 2);
+        etcd.delete(&key(gone));
+        wait_until("the change", || dial(&mesh) == new);
+    }
+    figure(&format!("etcd killed 3 times: {} connects, none failed", traffic.end(&["one", "two"])));
+}
+
+#[test]
+fn an_etcd_that_comes_back_empty_removes_nothing() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let mut etcd = etcd(&[("one", &one)]);
+    let mut mesh = start(&etcd);
+    let traffic = Traffic::start(&mesh, VIP);
+    etcd.kill();
+    etcd.restart_empty();
+    let is_held =
+        |mesh: &Mesh| registry(mesh)["error"].to_string().contains("only 0 instances of 0 services are left");
+    wait_until("the fuse", || is_held(&mesh));
+    assert_eq!(registry(&mesh)["state"], "stale");
+    let status = text(&mesh.mesh(&["status"]).output().unwrap());
+    assert!(status.contains("of 1 instances of 1 services only 0 instances"), "{status}");
+    assert_eq!(dial(&mesh), "one");
+
+    // Nor does a restart, nor a reboot.
+    mesh.kill();
+    mesh.launch();
+    mesh.ready();
+    wait_until("the fuse", || is_held(&mesh));
+    assert_eq!(dial(&mesh), "one");
+    assert!(traffic.end(&["one", "two"]) > 0);
+    mesh.kill();
+    assert!(mesh.cleanup().status.success());
+    mesh.launch();
+    mesh.ready();
+    wait_until("the fuse", || is_held(&mesh));
+    assert_eq!(dial(&mesh), "one");
+
+    // It is said again, and other than before.
+    etcd.put(SERVICE, &format!(r#"{{"port": 80, "vip": "{VIP}"}}"#));
+    etcd.put(&key("two"), &at(&two));
+    wait_for_state(&mesh, "synced");
+    wait_until("what it says now", || mesh.kernel_backends(&format!("{VIP}:80")).len() == 1);
+    assert_eq!(dial(&mesh), "two");
+}
+
+#[test]
+fn a_spoilt_record_is_left_out_alone_and_named() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let etcd = etcd(&[("one", &one), ("two", &two)]);
+    let mesh = start(&etcd);
+    mesh.wait_for_backends(&format!("{VIP}:80"), 2);
+    etcd.put(&key("metadata"), r#"{"address": "169.254.169.254", "port": 80}"#);
+    let problem = "/mesh/instances/service.local/echo/metadata: address 169.254.169.254 is link-local";
+    let names = |what: &str| {
+        let status = mesh.json(&["status"]);
+        status["problems"].as_array().unwrap().iter().any(|problem| problem.as_str().unwrap().contains(what))
+    };
+    wait_until("it is named", || names(problem));
+    assert_eq!((&registry(&mesh)["state"], &registry(&mesh)["instances"]), (&"synced".into(), &2.into()));
+    let list = text(&mesh.mesh(&["registry", "list"]).output().unwrap());
+    assert!(list.contains(problem), "{list}");
+    let check =
+        Command::new(mesh_tests::binary()).args(["check", "--pre", "--config"]).arg(&mesh.config).output();
+    assert!(text(&check.unwrap()).contains(problem));
+
+    // What worked stays until there is something better.
+    etcd.put(&key("one"), "garbage");
+    wait_until("it is named", || names("echo/one: the value is no JSON object"));
+    assert_eq!(registry(&mesh)["instances"], 2);
+    etcd.put(&key("thief"), r#"{"address": "127.128.40.1", "port": 80}"#);
+    etcd.put("/mesh/services/service.local/a-thief", &format!(r#"{{"port": 80, "vip": "{VIP}"}}"#));
+    wait_until("they are named", || {
+        names("echo/thief: address 127.128.40.1 lies in a VIP range")
+            && names("service.local/a-thief: vip 127.128.40.1 port 80/tcp is already taken")
+    });
+
+    for id in ["metadata", "thief", "one"] {
+        etcd.delete(&key(id));
+    }
+    assert_eq!(registry(&mesh)["services"], 1);
+    etcd.delete("/mesh/services/service.local/a-thief");
+    wait_until("nothing is wrong", || mesh.json(&["status"])["problems"] == Value::Array(Vec::new()));
+    mesh.wait_for_backends(&format!("{VIP}:80"), 1);
+    assert_eq!(dial(&mesh), "two");
+}
+
+#[test]
+fn an_etcd_that_falls_silent_is_noticed_and_fails_no_connect() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let etcd = etcd(&[("one", &one)]);
+    let mesh = start(&etcd);
+    let traffic = Traffic::start(&mesh, VIP);
+    etcd.freeze();
+    let silent = Instant::now();
+    wait_for_state(&mesh, "stale");
+    figure(&format!("etcd silent: noticed after {} ms", silent.elapsed().as_millis()));
+    let error = registry(&mesh)["error"].to_string();
+    assert!(error.contains("no answer in time"), "{error}");
+    etcd.thaw();
+    wait_for_state(&mesh, "synced");
+    etcd.put(&key("two"), &at(&two));
+    mesh.wait_for_backends(&format!("{VIP}:80"), 2);
+    assert!(traffic.end(&["one", "two"]) > 0);
+}
+
+#[test]
+fn a_daemon_that_starts_while_etcd_is_away_serves_what_it_said_last() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let mut etcd = etcd(&[("one", &one)]);
+    let mut mesh = start(&etcd);
+    assert_eq!(dial(&mesh), "one");
+    let kept = mesh.dir.path().join("state/registries");
+    wait_until("it is on disk", || {
+        let mut files = std::fs::read_dir(&kept).into_iter().flatten().flatten();
+        files.any(|file| file.file_name().to_string_lossy().starts_with("etcd-"))
+    });
+    etcd.kill();
+    for wipe in [false, true] {
+        mesh.kill();
+        if wipe {
+            assert!(mesh.cleanup().status.success());
+        }
+        mesh.launch();
+        mesh.ready();
+        assert_eq!(dial(&mesh), "one");
+        assert_eq!(registry(&mesh)["state"], "stale");
+    }
+    etcd.restart();
+    etcd.put(&key("one"), &at(&two));
+    wait_until("what it says now", || dial(&mesh) == "two");
+    assert_eq!(registry(&mesh)["state"], "synced");
+}
+
+/// What stands between the daemon and etcd: it holds watches back until told to let them through.
+struct Between {
+    address: String,
+    hold: Arc<AtomicBool>,
+    held: Arc<AtomicBool>,
+}
+
+impl Between {
+    fn start(etcd: &Etcd) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let between = Self {
+            address: listener.local_addr().unwrap().to_string(),
+            hold: Arc::new(AtomicBool::new(true)),
+            held: Arc::default(),
+        };
+        let (to, hold, held) = (etcd.address.clone(), between.hold.clone(), between.held.clone());
+        thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                let Ok(server) = TcpStream::connect(&to) else { continue };
+                let (hold, held) = (hold.clone(), held.clone());
+                let back = (server.try_clone().unwrap(), client.try_clone().unwrap());
+                thread::spawn(move || pass(back.0, back.1, |_| {}));
+                thread::spawn(move || {
+                    pass(client, server, |said| {
+                        while hold.load(Relaxed) && said.starts_with(b"POST /v3/watch") {
+                            held.store(true, Relaxed);
+                            thread::yield_now();
+                        }
+                    });
+                });
+            }
+        });
+        between
+    }
+}
+
+fn pass(mut from: TcpStream, mut to: TcpStream, before: impl Fn(&[u8])) {
+    let mut buffer = [0; 1 << 16];
+    while let Ok(size @ 1..) = from.read(&mut buffer) {
+        before(&buffer[..size]);
+        if to.write_all(&buffer[..size]).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(Shutdown::Both);
+}
+
+#[test]
+fn history_that_is_compacted_before_it_is_watched_is_read_again() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let etcd = etcd(&[("one", &one)]);
+    let between = Between::start(&etcd);
+    let mut mesh = prepare(&[&format!("http://{}", between.address)]);
+    mesh.launch();
+    wait_until("everything is listed", || between.held.load(Relaxed));
+    etcd.put(&key("one"), &at(&two));
+    let revision = etcd.ctl(&["get", &key("one"), "-w", "json"]);
+    let revision: Value = serde_json::from_str(&revision).unwrap();
+    etcd.put("/elsewhere", "x");
+    etcd.ctl(&["compaction", &(revision["header"]["revision"].as_u64().unwrap() + 1).to_string()]);
+    between.hold.store(false, Relaxed);
+    mesh.ready();
+    wait_until("what was written meanwhile", || dial(&mesh) == "two");
+    wait_for_state(&mesh, "synced");
+    assert!(mesh.log().contains("history is compacted up to revision"), "{}", mesh.log());
+}
