@@ -146,6 +146,7 @@ pub enum Registry {
         #[serde(default = "embedded_listen")]
         listen: SocketAddr,
     },
+    Cloudmap(registry::cloudmap::Settings),
     Dns(registry::dns::Settings),
     Etcd(registry::etcd::Settings),
 }
@@ -266,7 +267,7 @@ fn parse(path: &Path, text: &str) -> Result<Config, Error> {
 }
 
 fn registry(table: toml::Table, rules: &Rules) -> Result<Registry, String> {
-    const TYPES: [&str; 4] = ["file", "embedded", "dns", "etcd"];
+    const TYPES: [&str; 5] = ["file", "embedded", "cloudmap", "dns", "etcd"];
     let kind =
         table.get("type").and_then(toml::Value::as_str).ok_or("registry: key `type` is missing")?.to_owned();
     if !TYPES.contains(&kind.as_str()) {
@@ -279,6 +280,7 @@ fn registry(table: toml::Table, rules: &Rules) -> Result<Registry, String> {
     let registry = table.try_into().map_err(|error: toml::de::Error| of_kind(error.message()))?;
     let checked = match &registry {
         Registry::File { .. } | Registry::Embedded { .. } => Ok(()),
+        Registry::Cloudmap(settings) => settings.check(rules),
         Registry::Dns(settings) => settings.check(rules),
         Registry::Etcd(settings) => settings.check(rules),
     };
@@ -322,6 +324,7 @@ impl Registry {
         match self {
             Self::File { path } => ("file", path.display().to_string()),
             Self::Embedded { listen } => ("embedded", listen.to_string()),
+            Self::Cloudmap(settings) => ("cloudmap", settings.source()),
             Self::Dns(settings) => ("dns", settings.source()),
             Self::Etcd(settings) => ("etcd", settings.source()),
         }

@@ -13,6 +13,7 @@ use crate::{
 };
 
 mod claims;
+pub mod cloudmap;
 pub mod dns;
 pub mod embedded;
 pub mod etcd;
@@ -160,6 +161,10 @@ pub fn start(registry: config::Registry, start: Start) -> JoinHandle<()> {
             tokio::spawn(file::run(source, start.publisher, start.reload))
         }
         config::Registry::Embedded { listen } => tokio::spawn(embedded::run(listen, start)),
+        config::Registry::Cloudmap(settings) => {
+            let client = cloudmap::Client::new(settings, start.rules.clone());
+            tokio::spawn(remote::run(client, start))
+        }
         config::Registry::Etcd(settings) => {
             let client = etcd::Client::new(settings, start.rules.clone());
             tokio::spawn(remote::run(client, start))
@@ -176,6 +181,9 @@ pub async fn check(registry: config::Registry, rules: &Rules) -> Option<Result<u
     Some(match registry {
         config::Registry::File { path } => file::validate(&path, rules).map_err(|error| error.to_string()),
         config::Registry::Embedded { .. } => return None,
+        config::Registry::Cloudmap(settings) => {
+            remote::check(cloudmap::Client::new(settings, rules.clone())).await
+        }
         config::Registry::Etcd(settings) => remote::check(etcd::Client::new(settings, rules.clone())).await,
         config::Registry::Dns(settings) => remote::check(dns::Client::new(&settings, rules.clone())).await,
     })

@@ -14,20 +14,20 @@ use serde_json::{Value, json};
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/cloudmap.py");
 
 /// A program of the Python that set-up makes.
-fn python(program: &str) -> Command {
+pub(crate) fn python(program: &str) -> Command {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/python/bin").join(program);
     assert!(path.exists(), "no {}: run `cargo xtask setup`", path.display());
     Command::new(path)
 }
 
-struct Embedded {
-    mesh: Mesh,
+pub(crate) struct Embedded {
+    pub(crate) mesh: Mesh,
     address: String,
 }
 
 impl Embedded {
     /// Beside a file registry that holds nothing.
-    fn start() -> Self {
+    pub(crate) fn start() -> Self {
         Self::start_with("")
     }
 
@@ -40,7 +40,7 @@ impl Embedded {
         Self { mesh, address }
     }
 
-    fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("http://{}", self.address)
     }
 
@@ -134,23 +134,44 @@ fn boto3_goes_through_the_whole_life() {
     figure(&format!("boto3: {} steps of Cloud Map's API", steps.len()));
 }
 
-/// moto imitates AWS: where both know a call, they must say the same.
+/// moto's imitation of AWS.
+pub(crate) struct Moto {
+    server: Child,
+    address: String,
+}
+
+impl Moto {
+    pub(crate) fn start() -> Self {
+        let address = free_address();
+        let (host, port) = address.split_once(':').unwrap();
+        let mut server = python("moto_server");
+        server.args(["-H", host, "-p", port]).stdout(Stdio::null()).stderr(Stdio::null());
+        let moto = Self { server: server.spawn().unwrap(), address };
+        wait_until("moto listens", || TcpStream::connect(&moto.address).is_ok());
+        moto
+    }
+
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.server.id()
+    }
+}
+
+impl Drop for Moto {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
+
+/// Where moto knows a call, too, both must say the same.
 #[test]
 fn moto_s_cloud_map_says_the_same() {
-    struct Moto(Child);
-    impl Drop for Moto {
-        fn drop(&mut self) {
-            let _ = self.0.kill();
-            let _ = self.0.wait();
-        }
-    }
-    let address = free_address();
-    let (host, port) = address.split_once(':').unwrap();
-    let mut moto = python("moto_server");
-    moto.args(["-H", host, "-p", port]).stdout(Stdio::null()).stderr(Stdio::null());
-    let _moto = Moto(moto.spawn().unwrap());
-    wait_until("moto listens", || TcpStream::connect(&address).is_ok());
-    let theirs = steps(&format!("http://{address}"), &["--moto"]);
+    let moto = Moto::start();
+    let theirs = steps(&moto.url(), &["--moto"]);
     let embedded = Embedded::start();
     let ours = steps(&embedded.url(), &[]);
     let differ: Vec<_> = theirs.iter().filter(|step| !ours.contains(step)).collect();

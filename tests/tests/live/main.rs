@@ -2,6 +2,7 @@
 
 mod affinity;
 mod attack;
+mod cloudmap;
 mod commands;
 mod connect;
 mod daemon;
