@@ -1,6 +1,6 @@
 //! What mesh costs, against direct connects.
 
-use std::{fmt::Write as _, fs};
+use std::fs;
 
 use serde_json::{Value, json};
 
@@ -13,6 +13,7 @@ mod arms;
 mod connect;
 mod names;
 mod policies;
+mod readme;
 mod scale;
 mod stats;
 
@@ -138,29 +139,31 @@ fn report(rows: &[Value], batches: usize) -> anyhow::Result<()> {
     });
     let dir = root().join("bench/report");
     fs::create_dir_all(&dir)?;
-    let markdown = markdown(rows)?;
-    fs::write(
-        dir.join("report.json"),
-        serde_json::to_string_pretty(&json!({"meta": meta, "rows": rows}))? + "\n",
-    )?;
+    let markdown = markdown(rows);
+    let report = json!({"meta": meta, "rows": rows});
+    fs::write(dir.join("report.json"), serde_json::to_string_pretty(&report)? + "\n")?;
     fs::write(dir.join("report.md"), &markdown)?;
+    readme::update(&report)?;
     println!("{markdown}\nwritten to {}", dir.display());
     Ok(())
 }
 
-fn markdown(rows: &[Value]) -> anyhow::Result<String> {
-    let mut text =
-        String::from("| measure | arm | median | vs direct (95 % interval) |\n|---|---|---|---|\n");
-    for row in rows.iter().filter(|row| !scale::is_ours(row) && !names::is_ours(row)) {
-        let word = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
-        let ratio = &row["vs_direct"];
-        let number = |key: &str| ratio[key].as_f64().unwrap_or_default();
-        let versus = match ratio {
-            Value::Null => "-".into(),
-            _ => format!("{:.3} ({:.3} to {:.3})", number("ratio"), number("low"), number("high")),
-        };
-        let value = row["value"].as_f64().unwrap_or_default();
-        writeln!(text, "| {} | {} | {value:.0} {} | {versus} |", word("measure"), word("arm"), word("unit"))?;
-    }
-    Ok(text + &names::markdown(rows) + &scale::markdown(rows))
+const HEAD: &str = "| measure | arm | median | vs direct (95 % interval) |\n|---|---|---|---|\n";
+
+fn markdown(rows: &[Value]) -> String {
+    let of_connects = rows.iter().filter(|row| !scale::is_ours(row) && !names::is_ours(row));
+    let lines: String = of_connects.map(line).collect();
+    format!("{HEAD}{lines}{}{}", names::markdown(rows), scale::markdown(rows))
+}
+
+fn line(row: &Value) -> String {
+    let word = |key: &str| row[key].as_str().unwrap_or_default();
+    let ratio = &row["vs_direct"];
+    let number = |key: &str| ratio[key].as_f64().unwrap_or_default();
+    let versus = match ratio {
+        Value::Null => "-".into(),
+        _ => format!("{:.3} ({:.3} to {:.3})", number("ratio"), number("low"), number("high")),
+    };
+    let value = row["value"].as_f64().unwrap_or_default();
+    format!("| {} | {} | {value:.0} {} | {versus} |\n", word("measure"), word("arm"), word("unit"))
 }

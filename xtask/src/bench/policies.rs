@@ -32,7 +32,7 @@ const WORKERS: usize = 4;
 /// Requests a second: under random the slow backend is used to nine tenths.
 const RATE: u32 = 720;
 const THREADS: usize = 128;
-const POLICIES: [&str; 3] = ["random", "round-robin", "least-connections"];
+pub(super) const POLICIES: [&str; 3] = ["random", "round-robin", "least-connections"];
 
 #[derive(clap::Args)]
 pub(crate) struct ClientArgs {
