@@ -147,6 +147,7 @@ pub enum Registry {
         listen: SocketAddr,
     },
     Cloudmap(registry::cloudmap::Settings),
+    Consul(registry::consul::Settings),
     Dns(registry::dns::Settings),
     Etcd(registry::etcd::Settings),
 }
@@ -267,7 +268,7 @@ fn parse(path: &Path, text: &str) -> Result<Config, Error> {
 }
 
 fn registry(table: toml::Table, rules: &Rules) -> Result<Registry, String> {
-    const TYPES: [&str; 5] = ["file", "embedded", "cloudmap", "dns", "etcd"];
+    const TYPES: [&str; 6] = ["file", "embedded", "cloudmap", "consul", "dns", "etcd"];
     let kind =
         table.get("type").and_then(toml::Value::as_str).ok_or("registry: key `type` is missing")?.to_owned();
     if !TYPES.contains(&kind.as_str()) {
@@ -281,6 +282,7 @@ fn registry(table: toml::Table, rules: &Rules) -> Result<Registry, String> {
     let checked = match &registry {
         Registry::File { .. } | Registry::Embedded { .. } => Ok(()),
         Registry::Cloudmap(settings) => settings.check(rules),
+        Registry::Consul(settings) => settings.check(rules),
         Registry::Dns(settings) => settings.check(rules),
         Registry::Etcd(settings) => settings.check(rules),
     };
@@ -325,6 +327,7 @@ impl Registry {
             Self::File { path } => ("file", path.display().to_string()),
             Self::Embedded { listen } => ("embedded", listen.to_string()),
             Self::Cloudmap(settings) => ("cloudmap", settings.source()),
+            Self::Consul(settings) => ("consul", settings.source()),
             Self::Dns(settings) => ("dns", settings.source()),
             Self::Etcd(settings) => ("etcd", settings.source()),
         }

@@ -14,6 +14,7 @@ use crate::{
 
 mod claims;
 pub mod cloudmap;
+pub mod consul;
 pub mod dns;
 pub mod embedded;
 pub mod etcd;
@@ -165,6 +166,10 @@ pub fn start(registry: config::Registry, start: Start) -> JoinHandle<()> {
             let client = cloudmap::Client::new(settings, start.rules.clone());
             tokio::spawn(remote::run(client, start))
         }
+        config::Registry::Consul(settings) => {
+            let client = consul::Client::new(settings, start.rules.clone());
+            tokio::spawn(remote::run(client, start))
+        }
         config::Registry::Etcd(settings) => {
             let client = etcd::Client::new(settings, start.rules.clone());
             tokio::spawn(remote::run(client, start))
@@ -183,6 +188,9 @@ pub async fn check(registry: config::Registry, rules: &Rules) -> Option<Result<u
         config::Registry::Embedded { .. } => return None,
         config::Registry::Cloudmap(settings) => {
             remote::check(cloudmap::Client::new(settings, rules.clone())).await
+        }
+        config::Registry::Consul(settings) => {
+            remote::check(consul::Client::new(settings, rules.clone())).await
         }
         config::Registry::Etcd(settings) => remote::check(etcd::Client::new(settings, rules.clone())).await,
         config::Registry::Dns(settings) => remote::check(dns::Client::new(&settings, rules.clone())).await,

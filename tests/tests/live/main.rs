@@ -5,6 +5,7 @@ mod attack;
 mod cloudmap;
 mod commands;
 mod connect;
+mod consul;
 mod daemon;
 mod datagram;
 mod dns;

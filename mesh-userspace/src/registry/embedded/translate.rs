@@ -108,17 +108,27 @@ fn service_at(
     port: Option<NonZeroU16>,
     rules: &Rules,
 ) -> Result<model::Service, String> {
-    let mut record = Map::new();
-    record.insert("port".into(), port.map_or(1, NonZeroU16::get).into());
     let all = service.tags.iter().chain(&service.attributes);
-    for (key, text) in all.filter_map(|(key, text)| Some((key.strip_prefix("mesh.")?, text))) {
+    let mut record = fields(all.map(|(key, text)| (key.as_str(), text.as_str())))?;
+    record.entry("port").or_insert_with(|| port.map_or(1, NonZeroU16::get).into());
+    record.insert("name".into(), service.name.as_str().into());
+    record.insert("namespace".into(), namespace.name.as_str().into());
+    let api_only = namespace.kind == NamespaceType::Http || service.http_only;
+    record.insert("api_only".into(), api_only.into());
+    format::service(record.into(), rules)
+}
+
+/// The fields of a services file that are in texts whose keys begin with `mesh.`.
+pub fn fields<'a>(texts: impl Iterator<Item = (&'a str, &'a str)>) -> Result<Map<String, Value>, String> {
+    let mut record = Map::new();
+    for (key, text) in texts.filter_map(|(key, text)| Some((key.strip_prefix("mesh.")?, text))) {
         let value = match key {
             "aliases" => text.split([',', ' ']).filter(|alias| !alias.is_empty()).collect(),
             _ if NUMBERS.contains(&key) => {
                 let number = text.parse::<u64>();
                 number.map_err(|_| format!("mesh.{key} {text:?} is not a number"))?.into()
             }
-            _ if TEXTS.contains(&key) => Value::from(text.as_str()),
+            _ if TEXTS.contains(&key) => Value::from(text),
             _ => return Err(format!("mesh.{key} is not known to this version")),
         };
         match key.split_once('.') {
@@ -126,11 +136,7 @@ fn service_at(
             Some((table, key)) => record.entry(table).or_insert_with(|| json!({}))[key] = value,
         }
     }
-    record.insert("name".into(), service.name.as_str().into());
-    record.insert("namespace".into(), namespace.name.as_str().into());
-    let api_only = namespace.kind == NamespaceType::Http || service.http_only;
-    record.insert("api_only".into(), api_only.into());
-    format::service(record.into(), rules)
+    Ok(record)
 }
 
 /// The service as mesh has it, and the instances that are left out, with the reasons. `Ok(None)`

@@ -1,0 +1,525 @@
+//! The Consul registry: the list of services, and the health of each, by blocking queries.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    net::IpAddr,
+    num::NonZeroU16,
+    sync::Arc,
+    time::Duration,
+};
+
+use reqwest::Url;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::task::JoinSet;
+
+use super::{
+    Claims, Rules,
+    embedded::translate,
+    file::format,
+    remote::{self, Body, Said, reason},
+    rules, services as by_id,
+};
+use crate::model::{Instance, Service};
+
+/// How long Consul may wait for news: of the list, so short that its silence is noticed within 10 seconds.
+const LIST: Duration = Duration::from_secs(4);
+const HEALTH: Duration = Duration::from_secs(60);
+
+/// Between two questions of the same kind: an index may move without any news.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// The largest answer, in bytes.
+const MAX: usize = 64 << 20;
+
+/// As many services are read at a time at the start.
+const AT_ONCE: usize = 64;
+
+/// The keys in the configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    address: String,
+    token: Option<String>,
+    datacenter: Option<String>,
+    /// Only instances with this tag.
+    tag: Option<String>,
+    #[serde(default = "namespace")]
+    namespace: String,
+}
+
+fn namespace() -> String {
+    "service.local".into()
+}
+
+impl Settings {
+    pub fn check(&self, rules: &Rules) -> Result<(), String> {
+        rules::dns_name("namespace", &self.namespace)?;
+        self.url(rules).map(drop)
+    }
+
+    fn url(&self, rules: &Rules) -> Result<Url, String> {
+        let text = if self.address.contains("://") {
+            self.address.clone()
+        } else {
+            format!("http://{}", self.address)
+        };
+        remote::url(&text, &rules.vip_ranges).map_err(|why| format!("address: {why}"))
+    }
+
+    /// Without the token.
+    pub fn source(&self) -> String {
+        let all = [Some(&self.address), self.datacenter.as_ref(), self.tag.as_ref(), Some(&self.namespace)];
+        all.into_iter().flatten().map(String::as_str).collect::<Vec<_>>().join(" ")
+    }
+}
+
+/// What is asked for.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Question {
+    List,
+    Health(String),
+}
+
+/// An answer, and the index from which on the next one is news.
+struct Told {
+    index: u64,
+    body: Vec<u8>,
+}
+
+pub struct Client {
+    http: reqwest::Client,
+    url: Option<Url>,
+    settings: Settings,
+    rules: Rules,
+    services: BTreeMap<String, Known>,
+    questions: JoinSet<(Question, u64, Result<Told, String>)>,
+}
+
+/// What is known of a service.
+#[derive(Default)]
+struct Known {
+    service: Option<Arc<Service>>,
+    /// The index at which its first instance was made.
+    created: u64,
+    problems: Vec<String>,
+}
+
+impl Client {
+    /// With settings that were checked.
+    pub fn new(settings: Settings, rules: Rules) -> Self {
+        let url = settings.url(&rules).ok();
+        let http = remote::http(&rules.vip_ranges);
+        Self { http, url, settings, rules, services: BTreeMap::new(), questions: JoinSet::new() }
+    }
+
+    /// Asks for what is newer than an index; for what there is, where that is zero.
+    fn ask(&mut self, question: Question, index: u64) {
+        let (path, mut query, wait) = match &question {
+            Question::List => ("v1/catalog/services".to_owned(), Vec::new(), LIST),
+            Question::Health(name) => {
+                let tag = self.settings.tag.iter().map(|tag| ("tag", tag.clone()));
+                (format!("v1/health/service/{name}"), tag.collect(), HEALTH)
+            }
+        };
+        query.extend(self.settings.datacenter.iter().map(|name| ("dc", name.clone())));
+        let mut patience = remote::ANSWER;
+        if index > 0 {
+            query.extend([("index", index.to_string()), ("wait", format!("{}s", wait.as_secs()))]);
+            // Consul adds up to a sixteenth.
+            patience = wait + wait / 16 + Duration::from_secs(3);
+        }
+        let url = self.url.as_ref().and_then(|url| url.join(&path).ok());
+        let request = url.map(|mut url| {
+            url.query_pairs_mut().extend_pairs(query);
+            let request = self.http.get(url);
+            match &self.settings.token {
+                Some(token) => request.header("X-Consul-Token", token),
+                None => request,
+            }
+        });
+        self.questions.spawn(async move {
+            if index > 0 {
+                tokio::time::sleep(PAUSE).await;
+            }
+            let Some(request) = request else { return (question, index, Err("this is no address".into())) };
+            let told = tokio::time::timeout(patience, told(request)).await;
+            (question, index, told.unwrap_or_else(|_| Err("no answer in time".into())))
+        });
+    }
+
+    /// Waits for an answer, and asks on; whether it changes anything.
+    async fn answer(&mut self) -> Result<bool, String> {
+        let Some(done) = self.questions.join_next().await else { return Err("nothing is asked for".into()) };
+        let (question, before, told) = done.map_err(|error| error.to_string())?;
+        if let Question::Health(name) = &question
+            && !self.services.contains_key(name)
+        {
+            return Ok(false);
+        }
+        let told = told.map_err(|why| self.failed(&why))?;
+        let changed = match &question {
+            Question::List => {
+                let (gone, new) = self.list(&told.body).map_err(|why| self.failed(&why))?;
+                new.into_iter().for_each(|name| self.ask(Question::Health(name), 0));
+                gone
+            }
+            Question::Health(name) => self.take(name, &told.body),
+        };
+        // One that goes backwards is no index of this Consul's any more; zero would be answered at once.
+        let index = if told.index < before { 0 } else { told.index.max(1) };
+        self.ask(question, index);
+        Ok(changed)
+    }
+
+    /// Follows the list of services; whether one has gone, and which are new.
+    fn list(&mut self, body: &[u8]) -> Result<(bool, Vec<String>), String> {
+        let list: BTreeMap<String, Vec<String>> =
+            serde_json::from_slice(body).map_err(|error| format!("what it says is not Consul's: {error}"))?;
+        let has_tag = |tags: &Vec<String>| self.settings.tag.as_ref().is_none_or(|tag| tags.contains(tag));
+        let known = self.services.len();
+        self.services.retain(|name, _| list.get(name).is_some_and(has_tag));
+        let gone = self.services.len() < known;
+        let mut new = Vec::new();
+        for name in list.iter().filter(|(_, tags)| has_tag(tags)).map(|(name, _)| name) {
+            if self.services.contains_key(name) {
+                continue;
+            }
+            // It is part of a path.
+            let problem = rules::dns_name("name", name).err();
+            if problem.is_none() {
+                new.push(name.clone());
+            }
+            let problems = problem.map(|why| format!("service {name:?}: {why}")).into_iter().collect();
+            self.services.insert(name.clone(), Known { problems, ..Known::default() });
+        }
+        Ok((gone, new))
+    }
+
+    /// Whether what is said of a service is something else than before.
+    fn take(&mut self, name: &str, body: &[u8]) -> bool {
+        let known = self.services.get_mut(name).expect("it was looked for");
+        let (service, created, problems) =
+            match read(name, body, known, &self.settings.namespace, &self.rules) {
+                Ok((service, created, problems)) => (service, created, problems),
+                // What works stays until there is something better.
+                Err(why) => (known.service.as_deref().cloned(), known.created, vec![why]),
+            };
+        let same = known.service.as_deref() == service.as_ref() && known.problems == problems;
+        if !same {
+            *known = Known { service: service.map(Arc::new), created, problems };
+        }
+        !same
+    }
+
+    fn failed(&self, why: &str) -> String {
+        format!("consul {}: {why}", self.settings.address)
+    }
+}
+
+impl remote::Client for Client {
+    async fn connect(&mut self) -> Result<(), String> {
+        self.questions = JoinSet::new();
+        self.ask(Question::List, 0);
+        let Some(Ok((_, _, told))) = self.questions.join_next().await else {
+            return Err(self.failed("it was not asked"));
+        };
+        let list = told.map_err(|why| self.failed(&why))?;
+        self.list(&list.body).map_err(|why| self.failed(&why))?;
+        // Asked for a few at a time, and only then for news.
+        let names: Vec<_> =
+            self.services.keys().filter(|name| rules::dns_name("name", name).is_ok()).cloned().collect();
+        let mut names = names.into_iter();
+        let mut read = Vec::new();
+        loop {
+            for name in names.by_ref().take(AT_ONCE - self.questions.len()) {
+                self.ask(Question::Health(name), 0);
+            }
+            let Some(done) = self.questions.join_next().await else { break };
+            let (question, _, told) = done.map_err(|error| error.to_string())?;
+            let told = told.map_err(|why| self.failed(&why))?;
+            if let Question::Health(name) = &question {
+                self.take(name, &told.body);
+            }
+            read.push((question, told.index.max(1)));
+        }
+        for (question, index) in read {
+            self.ask(question, index);
+        }
+        self.ask(Question::List, list.index.max(1));
+        Ok(())
+    }
+
+    async fn news(&mut self) -> Result<bool, String> {
+        self.answer().await
+    }
+
+    fn read(&mut self) -> Said {
+        let mut problems: Vec<_> = self.services.values().flat_map(|known| known.problems.clone()).collect();
+        // Who came first keeps what both want.
+        let mut known: Vec<_> = self.services.values().collect();
+        known.sort_by_key(|known| known.created);
+        let mut claims = Claims::default();
+        let mut services: Vec<_> = known.iter().filter_map(|known| known.service.clone()).collect();
+        services.retain(|service| claims.add_named(service).map_err(|clash| problems.push(clash)).is_ok());
+        Said { services: by_id(services), unheard: Vec::new(), problems }
+    }
+}
+
+async fn told(request: reqwest::RequestBuilder) -> Result<Told, String> {
+    let answer = request.send().await.map_err(reason)?;
+    let status = answer.status();
+    let index = answer.headers().get("X-Consul-Index").and_then(|index| index.to_str().ok()?.parse().ok());
+    let body = remote::body(answer, MAX).await.map_err(|error| match error {
+        Body::TooLarge => format!("an answer has more than {MAX} bytes"),
+        Body::Failed(why) => why,
+    })?;
+    if !status.is_success() {
+        let text = String::from_utf8_lossy(&body[..body.len().min(200)]).escape_debug().to_string();
+        return Err(format!("{status}: {text}"));
+    }
+    Ok(Told { index: index.ok_or("an answer has no X-Consul-Index")?, body })
+}
+
+/// An instance, as `/v1/health/service` has it.
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Entry {
+    node: Node,
+    service: Registered,
+    #[serde(default)]
+    checks: Vec<Check>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Node {
+    #[serde(default)]
+    node: String,
+    #[serde(default)]
+    address: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct Registered {
+    #[serde(rename = "ID")]
+    id: String,
+    #[serde(default)]
+    address: String,
+    #[serde(default)]
+    port: i64,
+    #[serde(default)]
+    weights: Weights,
+    #[serde(default)]
+    meta: Option<BTreeMap<String, String>>,
+    #[serde(default)]
+    locality: Option<Locality>,
+    #[serde(default)]
+    create_index: u64,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct Weights {
+    passing: i64,
+    warning: i64,
+}
+
+impl Default for Weights {
+    fn default() -> Self {
+        Self { passing: 1, warning: 1 }
+    }
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct Locality {
+    zone: String,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+#[derive(Default)]
+struct Check {
+    #[serde(rename = "CheckID")]
+    id: String,
+    status: String,
+}
+
+impl Entry {
+    /// As a services file has it. Ids are those of a node's agent.
+    fn instance(&self, rules: &Rules) -> Result<Instance, String> {
+        let Self { node, service, checks } = self;
+        let is = |status: &str| checks.iter().any(|check| check.status == status);
+        let health = if checks.iter().any(|check| check.id.contains("_maintenance")) {
+            "draining"
+        } else if is("critical") {
+            "unhealthy"
+        } else {
+            "healthy"
+        };
+        let address = if service.address.is_empty() { &node.address } else { &service.address };
+        if address.parse::<IpAddr>().is_err() {
+            return Err(format!("address {address:?} is no IP address"));
+        }
+        let mut record = json!({
+            "id": format!("{}/{}", node.node, service.id),
+            "address": address,
+            "port": service.port,
+            "weight": if is("warning") { service.weights.warning } else { service.weights.passing },
+            "health": health,
+        });
+        if let Some(zone) =
+            service.locality.as_ref().map(|locality| &locality.zone).filter(|zone| !zone.is_empty())
+        {
+            record["zone"] = zone.as_str().into();
+        }
+        format::instance(record, rules)
+    }
+}
+
+/// The service, the index at which it was made, and what of it is left out.
+type Read = (Option<Service>, u64, Vec<String>);
+
+fn read(name: &str, body: &[u8], known: &Known, namespace: &str, rules: &Rules) -> Result<Read, String> {
+    let label = format!("service {name}.{namespace}");
+    let entries: Vec<Value> = serde_json::from_slice(body).map_err(|error| format!("{label}: {error}"))?;
+    let (mut instances, mut problems, mut places) = (Vec::new(), Vec::new(), HashSet::new());
+    let (mut meta, mut created) = (BTreeMap::new(), u64::MAX);
+    for entry in entries {
+        let id = entry["Service"]["ID"].as_str().unwrap_or_default().escape_debug().to_string();
+        let instance = serde_json::from_value::<Entry>(entry).map_err(|error| error.to_string());
+        let instance = instance.and_then(|entry| {
+            let instance = entry.instance(rules)?;
+            created = created.min(entry.service.create_index);
+            meta.extend(entry.service.meta.unwrap_or_default());
+            Ok(instance)
+        });
+        match instance {
+            Ok(one) if places.insert((one.address, one.port)) => instances.push(one),
+            Ok(one) => problems
+                .push(format!("{label}: instance {id}: {} port {} is used twice", one.address, one.port)),
+            Err(why) => problems.push(format!("{label}: instance {id}: {why}")),
+        }
+    }
+    let mut record = translate::fields(meta.iter().map(|(key, text)| (key.as_str(), text.as_str())))
+        .map_err(|why| format!("{label}: {why}"))?;
+    if !record.contains_key("port") {
+        let Some(port) = port_of(&instances, known) else {
+            if instances.is_empty() {
+                return Ok((None, created, problems));
+            }
+            return Err(format!("{label}: its instances have no port in common, and mesh.port is not set"));
+        };
+        record.insert("port".into(), port.get().into());
+    }
+    record.insert("name".into(), name.into());
+    record.insert("namespace".into(), namespace.into());
+    let service = format::service(record.into(), rules)?;
+    if instances.iter().all(|instance| instance.weight == 0) {
+        instances.clear();
+    }
+    Ok((Some(Service { instances, ..service }), created, problems))
+}
+
+/// The port that clients dial: what the instances have in common, else what they had.
+fn port_of(instances: &[Instance], known: &Known) -> Option<NonZeroU16> {
+    match instances {
+        [] => known.service.as_ref().map(|service| service.id.port),
+        [first, rest @ ..] => rest.iter().all(|one| one.port == first.port).then_some(first.port),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::model::Health;
+
+    fn entry(id: &str, address: &str, port: i64, status: &str) -> Value {
+        json!({
+            "Node": { "Node": "n1", "Address": "10.0.0.9" },
+            "Service": {
+                "ID": id, "Service": "echo", "Address": address, "Port": port, "CreateIndex": 7,
+                "Weights": { "Passing": 10, "Warning": 1 }, "Meta": { "version": "1" },
+                "Locality": { "Region": "r", "Zone": "r1" },
+            },
+            "Checks": [{ "CheckID": "c", "Status": status }],
+        })
+    }
+
+    fn said(entries: &[Value], known: &Known) -> Result<Read, String> {
+        let body = serde_json::to_vec(entries).unwrap();
+        read("echo", &body, known, "service.local", &rules::for_tests())
+    }
+
+    #[test]
+    fn checks_weights_and_zones_are_followed() {
+        let entries = [
+            entry("a", "10.0.0.1", 8080, "passing"),
+            entry("b", "10.0.0.2", 8080, "warning"),
+            entry("c", "", 8080, "critical"),
+        ];
+        let (service, created, problems) = said(&entries, &Known::default()).unwrap();
+        let service = service.unwrap();
+        assert_eq!((service.id.port.get(), created, problems.len()), (8080, 7, 0), "{problems:?}");
+        let all: Vec<_> =
+            service.instances.iter().map(|one| (one.address.to_string(), one.weight, one.health)).collect();
+        let expected = [
+            ("10.0.0.1", 10, Health::Healthy),
+            ("10.0.0.2", 1, Health::Healthy),
+            ("10.0.0.9", 10, Health::Unhealthy),
+        ];
+        assert_eq!(all, expected.map(|(address, weight, health)| (address.to_owned(), weight, health)));
+        assert_eq!(service.instances[0].zone.as_deref(), Some("r1"));
+        assert_eq!(service.instances[0].id, "n1/a");
+
+        // Without instances it keeps the port that it had.
+        let known = Known { service: Some(service.into()), ..Known::default() };
+        assert_eq!(said(&[], &known).unwrap().0.unwrap().id.port.get(), 8080);
+        assert_eq!(said(&[], &Known::default()).unwrap().0, None);
+    }
+
+    #[test]
+    fn maintenance_drains_and_settings_are_in_the_meta() {
+        let mut one = entry("a", "10.0.0.1", 8080, "passing");
+        one["Checks"] = json!([{ "CheckID": "_service_maintenance:a", "Status": "critical" }]);
+        one["Service"]["Meta"] = json!({ "mesh.port": "80", "mesh.policy": "random" });
+        let other = entry("b", "10.0.0.2", 8081, "passing");
+        let service = said(&[one, other], &Known::default()).unwrap().0.unwrap();
+        assert_eq!((service.id.port.get(), service.instances[0].health), (80, Health::Draining));
+    }
+
+    #[test]
+    fn a_record_that_breaks_a_rule_is_left_out_alone() {
+        for (bad, why) in [
+            (entry("bad", "127.128.0.1", 8080, "passing"), "VIP range"),
+            (entry("bad", "169.254.169.254", 8080, "passing"), "link-local"),
+            (entry("bad", "10.0.0.2", -1, "passing"), "-1"),
+            (entry("bad", "10.0.0.2", 0, "passing"), "0"),
+            (entry("bad", "db.example", 8080, "passing"), "db.example"),
+            (entry("ü", "10.0.0.2", 8080, "passing"), "instance id"),
+            (json!({ "Service": { "ID": "bad" } }), "Node"),
+            (json!(7), "invalid type"),
+        ] {
+            let (service, _, problems) =
+                said(&[entry("a", "10.0.0.1", 8080, "passing"), bad], &Known::default()).unwrap();
+            assert_eq!(service.unwrap().instances.len(), 1);
+            assert!(problems.len() == 1 && problems[0].contains(why), "{why}: {problems:?}");
+        }
+        let mixed = [entry("a", "10.0.0.1", 8080, "passing"), entry("b", "10.0.0.2", 8081, "passing")];
+        assert!(said(&mixed, &Known::default()).unwrap_err().contains("no port in common"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_answer_does_harm(body in prop::collection::vec(any::<u8>(), 0..100), port in any::<i64>(), text in ".{0,9}") {
+            let rules = rules::for_tests();
+            let _ = read("echo", &body, &Known::default(), "service.local", &rules);
+            let odd = [entry(&text, "10.0.0.1", port, &text), entry("a", &text, 80, "passing")];
+            let _ = said(&odd, &Known::default());
+        }
+    }
+}

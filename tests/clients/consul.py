@@ -1,0 +1,75 @@
+"""What of Consul's HTTP API the registry of that type uses: an imitation, in memory, with blocking queries.
+
+Usage: consul.py ADDRESS PORT TOKEN. Indexes, waiting and answers are as Consul documents them; registering is
+PUT /v1/catalog/register and /v1/catalog/deregister. PUT /restore/INDEX sets the index, as a restored snapshot does.
+"""
+
+import json
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+address, port, token = sys.argv[1:]
+changed = threading.Condition()
+index, registered = 10, {}
+
+
+def services():
+    names = {}
+    for entry in registered.values():
+        names.setdefault(entry["Service"]["Service"], set()).update(entry["Service"].get("Tags", []))
+    return {name: sorted(tags) for name, tags in names.items()}
+
+
+def health(name, tag):
+    found = [entry for entry in registered.values() if entry["Service"]["Service"] == name]
+    return [entry for entry in found if not tag or tag in entry["Service"].get("Tags", [])]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def say(self, status, body):
+        body = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Consul-Index", str(index))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        if self.headers.get("X-Consul-Token") != token:
+            return self.say(403, "Permission denied")
+        url = urlsplit(self.path)
+        query = {key: values[0] for key, values in parse_qs(url.query).items()}
+        with changed:
+            known = int(query.get("index", 0))
+            if known == index:
+                changed.wait_for(lambda: index != known, float(query.get("wait", "300s")[:-1]))
+            if url.path == "/v1/catalog/services":
+                return self.say(200, services())
+            return self.say(200, health(url.path.rsplit("/", 1)[1], query.get("tag")))
+
+    def do_PUT(self):
+        global index
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
+        with changed:
+            index += 1
+            if self.path == "/v1/catalog/register":
+                service = {"Weights": {"Passing": 1, "Warning": 1}, "CreateIndex": index, **body["Service"]}
+                node = {"Node": body["Node"], "Address": body["Address"]}
+                checks = [body["Check"]] if "Check" in body else []
+                registered[service["ID"]] = {"Node": node, "Service": service, "Checks": checks}
+            elif self.path == "/v1/catalog/deregister":
+                registered.pop(body["ServiceID"])
+            else:
+                index = int(self.path.rsplit("/", 1)[1])
+            changed.notify_all()
+            self.say(200, True)
+
+
+ThreadingHTTPServer((address, int(port)), Handler).serve_forever()

@@ -1,0 +1,144 @@
+//! The Consul registry. Consul itself is not to be had here: `clients/consul.py` imitates what is used of its API.
+
+use std::{
+    net::TcpStream,
+    process::{Child, Command, Stdio},
+};
+
+use mesh_tests::{Mesh, figure, free_address, server::Server, text, wait_until};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
+
+use crate::traffic::Traffic;
+
+const VIP: &str = "127.128.42.1";
+const TOKEN: &str = "b1gs33cr3t";
+
+struct Consul {
+    address: String,
+    server: Child,
+}
+
+impl Consul {
+    fn start() -> Self {
+        let address = free_address();
+        let (host, port) = address.split_once(':').unwrap();
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/consul.py");
+        let mut server = Command::new("python3");
+        let server = server.args([script, host, port, TOKEN]).stdin(Stdio::null()).spawn().unwrap();
+        let consul = Self { address, server };
+        wait_until("it listens", || TcpStream::connect(&consul.address).is_ok());
+        consul
+    }
+
+    fn put(&self, path: &str, body: &Value) {
+        let url = format!("http://{}{path}", self.address);
+        let curl = Command::new("curl").args(["-sf", "-X", "PUT", "-d", &body.to_string(), &url]).output();
+        let output = curl.unwrap();
+        assert!(output.status.success(), "{path}: {}", text(&output));
+    }
+
+    fn register(&self, id: &str, address: &str, port: u16, status: &str) {
+        let meta = json!({ "mesh.port": "80", "mesh.vip": VIP });
+        let service = json!({
+            "ID": id, "Service": "echo", "Address": address, "Port": port, "Tags": ["live"], "Meta": meta,
+        });
+        let check = json!({ "CheckID": "up", "Status": status });
+        let body = json!({ "Node": "n1", "Address": "127.0.0.9", "Service": service, "Check": check });
+        self.put("/v1/catalog/register", &body);
+    }
+
+    fn deregister(&self, id: &str) {
+        self.put("/v1/catalog/deregister", &json!({ "ServiceID": id }));
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.server), signal).unwrap();
+    }
+
+    fn mesh(&self, token: &str) -> Mesh {
+        let mut mesh = Mesh::prepare("service = []");
+        mesh.configure(&format!(
+            "[[registry]]\ntype = \"consul\"\naddress = \"http://{}\"\ntoken = {token:?}\ntag = \"live\"\n",
+            self.address
+        ));
+        mesh.launch();
+        mesh
+    }
+}
+
+impl Drop for Consul {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
+
+fn registry(mesh: &Mesh) -> Value {
+    mesh.json(&["registry", "list"])[1].clone()
+}
+
+fn dial(mesh: &Mesh) -> String {
+    mesh.python(&format!(
+        r#"
+import socket
+try:
+    print(socket.create_connection(("{VIP}", 80), 5).recv(9).decode())
+except OSError as e:
+    print(e)
+"#
+    ))
+}
+
+#[test]
+fn what_is_registered_is_followed_and_silence_fails_no_connect() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let consul = Consul::start();
+    consul.register("one", "127.0.0.1", one.port(), "passing");
+    let mesh = consul.mesh(TOKEN);
+    mesh.ready();
+    wait_until("the first", || dial(&mesh) == "one");
+    let traffic = Traffic::start(&mesh, VIP);
+
+    consul.register("two", "127.0.0.1", two.port(), "critical");
+    wait_until("its health", || {
+        let backends = mesh.json(&["backend", "list"]);
+        backends
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|one| one["instance"] == "n1/two" && one["state"] == "unhealthy")
+    });
+    assert_eq!(dial(&mesh), "one");
+    consul.register("two", "127.0.0.1", two.port(), "passing");
+    consul.deregister("one");
+    wait_until("the second", || dial(&mesh) == "two");
+    consul.register("bad", "169.254.169.254", 80, "passing");
+    let problem = "service echo.service.local: instance bad: address 169.254.169.254 is link-local";
+    wait_until("it is named", || registry(&mesh)["problems"].to_string().contains(problem));
+    assert_eq!((&registry(&mesh)["state"], &registry(&mesh)["instances"]), (&"synced".into(), &1.into()));
+
+    // As after a snapshot was restored.
+    consul.put("/restore/5", &Value::Null);
+    consul.register("one", "127.0.0.1", one.port(), "passing");
+    wait_until("what is new since", || registry(&mesh)["instances"] == 2);
+
+    consul.signal(Signal::STOP);
+    let silent = mesh_tests::now();
+    wait_until("it is missed", || registry(&mesh)["state"] == "stale");
+    figure(&format!("consul silent: noticed after {} ms", (mesh_tests::now() - silent) / 1_000_000));
+    consul.signal(Signal::CONT);
+    wait_until("it is back", || registry(&mesh)["state"] == "synced");
+    consul.deregister("two");
+    wait_until("who is left", || dial(&mesh) == "one");
+    figure(&format!("consul: {} connects, none failed", traffic.end(&["one", "two"])));
+}
+
+#[test]
+fn a_wrong_token_is_said_so_and_not_shown() {
+    let consul = Consul::start();
+    let mesh = consul.mesh("wr0ng");
+    let list = || text(&mesh.mesh(&["registry", "list"]).output().unwrap());
+    wait_until("it says so", || list().contains("403 Forbidden: \\\"Permission denied\\\""));
+    assert!(!list().contains("wr0ng") && !mesh.log().contains("wr0ng"));
+}
