@@ -305,6 +305,20 @@ impl Mesh {
         String::from_utf8(output.stdout).unwrap().trim().to_owned()
     }
 
+    /// What the server says that is behind `ADDRESS:PORT`, or why nobody does.
+    pub fn dial(&self, to: &str) -> String {
+        let (address, port) = to.rsplit_once(':').unwrap();
+        self.python(&format!(
+            r#"
+import socket
+try:
+    print(socket.create_connection(("{address}", {port}), 5).recv(9).decode())
+except OSError as error:
+    print(error)
+"#
+        ))
+    }
+
     /// A Python program inside that is led by the test, line by line.
     pub fn dialogue(&self, program: &str) -> Dialogue {
         let mut python = self.inside("python3");

@@ -78,15 +78,7 @@ fn registry(mesh: &Mesh) -> Value {
 
 fn dial(mesh: &Mesh) -> String {
     let vip = mesh.json(&["service", "list"])[0]["vips"][0].as_str().unwrap_or_default().to_owned();
-    mesh.python(&format!(
-        r#"
-import socket
-try:
-    print(socket.create_connection(("{vip}", 80), 5).recv(9).decode())
-except OSError as e:
-    print(e)
-"#
-    ))
+    mesh.dial(&format!("{vip}:80"))
 }
 
 /// What is registered and deregistered at `url`, and its health, which does not move the revision; then the

@@ -79,15 +79,7 @@ fn registry(mesh: &Mesh) -> Value {
 }
 
 fn dial(mesh: &Mesh) -> String {
-    mesh.python(&format!(
-        r#"
-import socket
-try:
-    print(socket.create_connection(("{VIP}", 80), 5).recv(9).decode())
-except OSError as e:
-    print(e)
-"#
-    ))
+    mesh.dial(&format!("{VIP}:80"))
 }
 
 #[test]

@@ -78,19 +78,6 @@ vip = "127.128.41.2"
     }
 }
 
-fn dial(mesh: &Mesh, to: &str) -> String {
-    let (address, port) = to.split_once(':').unwrap();
-    mesh.python(&format!(
-        r#"
-import socket
-try:
-    print(socket.create_connection(("{address}", {port}), 5).recv(9).decode())
-except OSError as e:
-    print(e)
-"#
-    ))
-}
-
 fn registry(mesh: &Mesh) -> Value {
     mesh.json(&["registry", "list"])[1].clone()
 }
@@ -116,7 +103,7 @@ fn srv_records_and_addresses_are_backends_and_are_followed() {
     let mesh = zone.mesh(&one, broken);
     let (backend, db) = (format!("{VIP}:80"), format!("127.128.41.2:{}", one.port()));
     mesh.wait_for_backends(&backend, 2);
-    assert_eq!(dial(&mesh, &db), "one");
+    assert_eq!(mesh.dial(&db), "one");
     // A name that nobody answers for is named, and the others are served.
     assert!(names(&mesh, "x.broken.example: "), "{}", registry(&mesh));
     assert_eq!(registry(&mesh)["state"], "synced");
@@ -130,10 +117,10 @@ fn srv_records_and_addresses_are_backends_and_are_followed() {
     zone.write(&[("a", "127.0.0.1"), ("db", "127.0.0.1")]);
     dns.reload();
     mesh.wait_for_backends(&backend, 1);
-    assert_eq!(dial(&mesh, &backend), "one");
+    assert_eq!(mesh.dial(&backend), "one");
     zone.write(&[("a", "127.0.0.1")]);
     dns.reload();
-    wait_until("db is gone", || dial(&mesh, &db).contains("refused"));
+    wait_until("db is gone", || mesh.dial(&db).contains("refused"));
 
     // What breaks the rules is named. Alone, it is nonsense, and what was there before stays.
     zone.write(&[("a", "127.0.0.1"), ("b", "127.0.0.2"), ("b", "169.254.169.254")]);
@@ -149,7 +136,7 @@ fn srv_records_and_addresses_are_backends_and_are_followed() {
     zone.write(&[("b", "127.0.0.2")]);
     dns.reload();
     mesh.wait_for_backends(&backend, 1);
-    assert_eq!(dial(&mesh, &backend), "two");
+    assert_eq!(mesh.dial(&backend), "two");
 }
 
 #[test]
@@ -195,11 +182,11 @@ fn a_name_server_that_fails_in_any_way_fails_no_connect() {
     assert!(mesh.cleanup().status.success());
     mesh.launch();
     mesh.ready();
-    assert!(["one", "two"].contains(&&*dial(&mesh, &format!("{VIP}:80"))), "from the state folder");
+    assert!(["one", "two"].contains(&&*mesh.dial(&format!("{VIP}:80"))), "from the state folder");
 
     zone.write(&[("b", "127.0.0.2"), ("db", "127.0.0.1")]);
     let _dns = zone.serve();
     wait_for_state(&mesh, "synced");
     mesh.wait_for_backends(&format!("{VIP}:80"), 1);
-    assert_eq!(dial(&mesh, &format!("{VIP}:80")), "two");
+    assert_eq!(mesh.dial(&format!("{VIP}:80")), "two");
 }

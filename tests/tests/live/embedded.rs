@@ -89,15 +89,7 @@ impl Embedded {
     }
 
     fn dial(&self, vip: &str, port: u16) -> String {
-        self.mesh.python(&format!(
-            r#"
-import socket
-try:
-    print(socket.create_connection(("{vip}", {port}), 5).recv(9).decode())
-except OSError as e:
-    print(e)
-"#
-        ))
+        self.mesh.dial(&format!("{vip}:{port}"))
     }
 }
 

@@ -21,15 +21,7 @@ fn dial(mesh: &Mesh) -> String {
 }
 
 fn dial_at(mesh: &Mesh, vip: &str) -> String {
-    mesh.python(&format!(
-        r#"
-import socket
-try:
-    print(socket.create_connection(("{vip}", 80), 5).recv(9).decode())
-except OSError as e:
-    print(e)
-"#
-    ))
+    mesh.dial(&format!("{vip}:80"))
 }
 
 /// The one file that holds what the registry said, once there is one.

@@ -43,9 +43,7 @@ fn echo(server: &Server) -> String {
 }
 
 fn dial(mesh: &Mesh) -> String {
-    mesh.python(&format!(
-        "import socket\ntry:\n    print(socket.create_connection(('{VIP}', 80), 5).recv(9).decode())\nexcept OSError as error:\n    print(error)"
-    ))
+    mesh.dial(&format!("{VIP}:80"))
 }
 
 /// Everything that is pinned.
