@@ -120,23 +120,11 @@ impl Catalog {
         Some(changes)
     }
 
-    /// Whether nothing differs.
-    pub fn is(&self, other: &Self) -> bool {
-        let rest = |catalog: &Self| (catalog.delivered, catalog.complete);
-        rest(self) == rest(other)
-            && self.conflicts == other.conflicts
-            && other.services.diff(&self.services).next().is_none()
-    }
-
     /// Whether the same names stand for the same VIPs and ports as in an `earlier` catalog.
     pub fn has_names_of(&self, earlier: &Self) -> bool {
-        let names = |entry: &Entry| {
-            let Service { port_name, aliases, answer, api_only, .. } = &*entry.service;
-            (entry.vips.clone(), port_name.clone(), aliases.clone(), *answer, *api_only)
-        };
         self.delivered == earlier.delivered
             && earlier.services.diff(&self.services).all(|item| match item {
-                DiffItem::Update { old: (_, old), new: (_, new) } => names(old) == names(new),
+                DiffItem::Update { old: (_, old), new: (_, new) } => old.names() == new.names(),
                 DiffItem::Add(..) | DiffItem::Remove(..) => false,
             })
     }
@@ -273,6 +261,12 @@ pub fn endpoint(instance: &Instance) -> Endpoint {
 }
 
 impl Entry {
+    /// What its names are, and what they are answered with.
+    fn names(&self) -> impl PartialEq {
+        let Service { port_name, aliases, answer, api_only, .. } = &*self.service;
+        (&self.vips, port_name, aliases, answer, api_only)
+    }
+
     /// The instances behind one VIP: those of its family, or all where the service has only this
     /// VIP and no instance of its family.
     pub fn instances(&self, vip: IpAddr) -> impl Iterator<Item = &Instance> {

@@ -376,7 +376,7 @@ async fn merge(
                 built
             });
             new.delivered = states.iter().all(State::is_heard);
-            if old.is_none_or(|old| !new.is(&old)) {
+            if old.is_none_or(|old| *old != new) {
                 catalog.send_replace(Some(Arc::new(new)));
             }
             before = snapshots;

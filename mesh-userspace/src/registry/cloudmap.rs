@@ -28,13 +28,12 @@ use serde::Deserialize;
 use tokio::task::JoinSet;
 
 use super::{
-    Claims, Rules,
+    Rules,
     embedded::{
         records::{self, Attributes, Instance, Status},
         translate,
     },
     remote::{self, Said, jitter},
-    services as by_id,
 };
 use crate::model;
 
@@ -319,14 +318,11 @@ impl remote::Client for Client {
     }
 
     fn read(&mut self) -> Said {
-        let mut problems: Vec<_> = self.services.values().flat_map(|known| known.problems.clone()).collect();
-        // Who came first keeps what both want.
-        let mut known: Vec<_> = self.services.values().collect();
-        known.sort_by(|one, other| one.service.created.total_cmp(&other.service.created));
-        let mut claims = Claims::default();
-        let mut services = known.iter().filter_map(|known| known.translated.clone()).collect::<Vec<_>>();
-        services.retain(|service| claims.add_named(service).map_err(|clash| problems.push(clash)).is_ok());
-        Said { services: by_id(services), unheard: Vec::new(), problems }
+        let problems = self.services.values().flat_map(|known| known.problems.clone());
+        let age = |known: &Known| Duration::try_from_secs_f64(known.service.created).unwrap_or_default();
+        let services = self.services.values();
+        let services = services.filter_map(|known| Some((age(known), known.translated.clone()?)));
+        Said::by_age(services.collect(), problems.collect())
     }
 }
 

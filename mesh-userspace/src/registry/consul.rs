@@ -14,11 +14,11 @@ use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use super::{
-    Claims, Rules,
+    Rules,
     embedded::translate,
     file::format,
     remote::{self, Body, Said, reason},
-    rules, services as by_id,
+    rules,
 };
 use crate::model::{Instance, Service};
 
@@ -160,9 +160,9 @@ impl Client {
         let told = told.map_err(|why| self.failed(&why))?;
         let changed = match &question {
             Question::List => {
-                let (gone, new) = self.list(&told.body).map_err(|why| self.failed(&why))?;
+                let (news, new) = self.list(&told.body).map_err(|why| self.failed(&why))?;
                 new.into_iter().for_each(|name| self.ask(Question::Health(name), 0));
-                gone
+                news
             }
             Question::Health(name) => self.take(name, &told.body),
         };
@@ -172,14 +172,14 @@ impl Client {
         Ok(changed)
     }
 
-    /// Follows the list of services; whether one has gone, and which are new.
+    /// Follows the list of services; whether that is news by itself, and which ones are to be asked for.
     fn list(&mut self, body: &[u8]) -> Result<(bool, Vec<String>), String> {
         let list: BTreeMap<String, Vec<String>> =
             serde_json::from_slice(body).map_err(|error| format!("what it says is not Consul's: {error}"))?;
         let has_tag = |tags: &Vec<String>| self.settings.tag.as_ref().is_none_or(|tag| tags.contains(tag));
         let known = self.services.len();
         self.services.retain(|name, _| list.get(name).is_some_and(has_tag));
-        let gone = self.services.len() < known;
+        let mut news = self.services.len() < known;
         let mut new = Vec::new();
         for name in list.iter().filter(|(_, tags)| has_tag(tags)).map(|(name, _)| name) {
             if self.services.contains_key(name) {
@@ -187,13 +187,14 @@ impl Client {
             }
             // It is part of a path.
             let problem = rules::dns_name("name", name).err();
-            if problem.is_none() {
-                new.push(name.clone());
+            match problem {
+                None => new.push(name.clone()),
+                Some(_) => news = true,
             }
             let problems = problem.map(|why| format!("service {name:?}: {why}")).into_iter().collect();
             self.services.insert(name.clone(), Known { problems, ..Known::default() });
         }
-        Ok((gone, new))
+        Ok((news, new))
     }
 
     /// Whether what is said of a service is something else than before.
@@ -255,14 +256,10 @@ impl remote::Client for Client {
     }
 
     fn read(&mut self) -> Said {
-        let mut problems: Vec<_> = self.services.values().flat_map(|known| known.problems.clone()).collect();
-        // Who came first keeps what both want.
-        let mut known: Vec<_> = self.services.values().collect();
-        known.sort_by_key(|known| known.created);
-        let mut claims = Claims::default();
-        let mut services: Vec<_> = known.iter().filter_map(|known| known.service.clone()).collect();
-        services.retain(|service| claims.add_named(service).map_err(|clash| problems.push(clash)).is_ok());
-        Said { services: by_id(services), unheard: Vec::new(), problems }
+        let problems = self.services.values().flat_map(|known| known.problems.clone());
+        let services = self.services.values();
+        let services = services.filter_map(|known| Some((known.created, known.service.clone()?)));
+        Said::by_age(services.collect(), problems.collect())
     }
 }
 
@@ -480,6 +477,18 @@ mod tests {
         let known = Known { service: Some(service.into()), ..Known::default() };
         assert_eq!(said(&[], &known).unwrap().0.unwrap().id.port.get(), 8080);
         assert_eq!(said(&[], &Known::default()).unwrap().0, None);
+    }
+
+    #[test]
+    fn a_name_that_is_none_is_named_once_and_not_asked_for() {
+        let settings = json!({ "address": "10.0.0.1:8500", "tag": "live" });
+        let mut client = Client::new(serde_json::from_value(settings).unwrap(), rules::for_tests());
+        let list = br#"{"echo": ["live"], "../kv": ["live"], "other": []}"#;
+        assert_eq!(client.list(list), Ok((true, vec!["echo".into()])));
+        assert_eq!(client.list(list), Ok((false, vec![])));
+        let problems = remote::Client::read(&mut client).problems;
+        assert!(problems.len() == 1 && problems[0].starts_with("service \"../kv\": "), "{problems:?}");
+        assert_eq!(client.list(br#"{"echo": ["live"]}"#), Ok((true, vec![])));
     }
 
     #[test]

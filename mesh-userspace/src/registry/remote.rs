@@ -14,8 +14,8 @@ use std::{
 use ipnet::IpNet;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 
-use super::{Publisher, Services, Start};
-use crate::model::ServiceId;
+use super::{Claims, Publisher, Services, Start, services as by_id};
+use crate::model::{Service, ServiceId};
 
 mod fuse;
 
@@ -51,6 +51,19 @@ pub struct Said {
     pub unheard: Vec<ServiceId>,
     /// Records that are not followed, by name, and why.
     pub problems: Vec<String>,
+}
+
+impl Said {
+    /// Of services that exist since then: who came first keeps what two of them want.
+    pub fn by_age<T: Ord>(mut services: Vec<(T, Arc<Service>)>, mut problems: Vec<String>) -> Self {
+        services.sort_by(|(one, _), (other, _)| one.cmp(other));
+        let mut claims = Claims::default();
+        let mut claim =
+            |service: &Arc<Service>| claims.add_named(service).map_err(|clash| problems.push(clash)).is_ok();
+        let services = services.into_iter().map(|(_, service)| service).filter(|service| claim(service));
+        let services = by_id(services);
+        Self { services, unheard: Vec::new(), problems }
+    }
 }
 
 /// How one kind of registry is asked.
