@@ -6,7 +6,7 @@
 use std::{
     ffi::OsStr,
     fs,
-    io::{BufRead, BufReader, Lines, Write},
+    io::{BufRead, BufReader, ErrorKind, Lines, Write},
     net::TcpListener,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Output, Stdio},
@@ -89,6 +89,15 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(start.elapsed() < patience(), "waited {:?} in vain: {what}", patience());
         std::thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// Removes a folder and all that is in it, also while the daemon puts its pins back.
+pub fn wipe(folder: &Path) {
+    wait_until("the folder is gone", || match fs::remove_dir_all(folder) {
+        Ok(()) => true,
+        Err(error) if error.kind() == ErrorKind::DirectoryNotEmpty => false,
+        Err(error) => panic!("{}: {error}", folder.display()),
+    });
 }
 
 /// A name that no other test, in this or another process, has.

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 
 use mesh_tests::{
     Dialogue, Mesh, Workload, binary, datagram_service, figure, is_long, other_binary, server::Server,
-    service, wait_until,
+    service, wait_until, wipe,
 };
 
 const VIP: &str = "127.128.27.1";
@@ -184,7 +184,7 @@ impl Drop for Stops<'_> {
 /// Returns whether the daemon died at the call that it was to die at.
 fn strike(mesh: &mut Mesh, blow: Blow, number: usize) -> bool {
     if blow == Blow::Wipe {
-        fs::remove_dir_all(&mesh.pin_dir).unwrap();
+        wipe(&mesh.pin_dir);
         wait_until("everything is pinned again", || {
             mesh.mesh(&["status", "--brief"]).output().unwrap().status.success()
                 && mesh.pin_dir.join("link/mesh_sockops").exists()

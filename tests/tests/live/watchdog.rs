@@ -7,7 +7,7 @@ use std::{
     thread::{self, JoinHandle},
 };
 
-use mesh_tests::{Dialogue, Mesh, binary, server::Server, service, text, wait_until};
+use mesh_tests::{Dialogue, Mesh, binary, server::Server, service, text, wait_until, wipe};
 
 const VIP: &str = "127.128.18.1";
 
@@ -71,7 +71,7 @@ fn pins_that_are_taken_away_are_put_back_and_no_connect_notices() {
     while load.runs() || times < 2 {
         let all = times % 2 == 0;
         let maps = mesh.map_pin("SLOTS").parent().unwrap().to_owned();
-        fs::remove_dir_all(if all { &mesh.pin_dir } else { &maps }).unwrap();
+        wipe(if all { &mesh.pin_dir } else { &maps });
         wait_until("everything is pinned again", || pins(&mesh.pin_dir) == before);
         times += 1;
     }
