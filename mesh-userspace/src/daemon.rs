@@ -93,7 +93,7 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
 
     let pins = datapath.pins().clone();
     let (leaving, left) = mpsc::channel();
-    let reconciler = Reconciler::new(datapath, config.node.zone.clone(), leaving)?;
+    let reconciler = Reconciler::new(datapath, config.node.zone.clone(), leaving, Handle::current())?;
     let upkeep = Upkeep::new(&pins, cgroup.clone(), reconciler.applied())?;
     let core = Arc::<dns::Core>::default();
     let names = intercept(&config, &pins, &cgroup, &core)?;
@@ -123,11 +123,10 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
         Sources::start(&config.borrow(), state_dir, registries.clone(), reload.subscribe());
     let (keep, kept) = oneshot::channel();
     let keeper = tokio::spawn(keeper.run(registries.subscribe(), kept));
-    let runtime = Handle::current();
     let (writer_runs, mut writer_ended) = oneshot::channel::<()>();
     let writer = std::thread::spawn(move || {
         let _writer_runs = writer_runs;
-        reconciler.run(&runtime, catalog);
+        reconciler.run(catalog);
     });
     let upkeep = std::thread::spawn(move || upkeep.run(&left));
     let (word, mut tell) = io::pipe()?;

@@ -149,7 +149,7 @@ impl Datapath {
         old.carry_tables(&mut self.maps, &self.pins, applied)?;
         let (before, _) = old.carry_sockets(&sockets, applied);
         self.attach()?;
-        self.maps.grace.wait().map_err(io_error("cannot wait for readers"))?;
+        self.maps.grace()()?;
         // Those that the old programs have seen since.
         let (after, lost) = old.carry_sockets(&sockets, applied);
         tracing::info!("took over {} sockets from another version of mesh", before + after);

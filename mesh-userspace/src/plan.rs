@@ -2,8 +2,9 @@
 //!
 //! Order is what keeps a reader safe. A backend is written before a slot names it, slots before
 //! the service word that points at them, the service before its frontend. Taking away goes the
-//! other way round, and nothing is reused before [`Op::Grace`]: so after every single operation
-//! a `connect()` finds the old backends of its service or the new ones, and nothing else.
+//! other way round, and nothing is reused before a grace ([`Applied::begin_grace`]): so after every single
+//! operation a `connect()` finds the old backends of its service or the new ones, and nothing else.
+//! Nobody waits for a grace: other plans may be written while it is under way.
 
 use std::collections::BTreeMap;
 
@@ -103,10 +104,14 @@ pub enum Op {
     DeleteFrontend {
         frontend: Frontend,
     },
-    /// The backend leaves. Sockets that are connected to it have this long to end.
-    DeleteBackend {
+    /// Nothing leads to the backend any more, so it is deleted after a grace, unless it is put again before.
+    /// Sockets that are connected to it have this long to end.
+    RetireBackend {
         id: u32,
         drain_ms: u64,
+    },
+    DeleteBackend {
+        id: u32,
     },
     /// Every `connect()` that began before has ended.
     Grace,
@@ -143,13 +148,7 @@ pub struct Plan {
 
 /// The operations that lead from `applied` to `desired`.
 pub fn plan(desired: &Desired, applied: &Applied, prune: Prune) -> Plan {
-    let mut planner = Planner {
-        applied,
-        alloc: applied.alloc.clone(),
-        ops: Vec::new(),
-        unused: BTreeMap::new(),
-        refused: Vec::new(),
-    };
+    let mut planner = Planner { applied, alloc: applied.alloc.clone(), ops: Vec::new(), refused: Vec::new() };
     for (frontend, wanted) in desired {
         if let Err(refused) = planner.service(*frontend, wanted) {
             planner.refused.push(refused);
@@ -159,16 +158,13 @@ pub fn plan(desired: &Desired, applied: &Applied, prune: Prune) -> Plan {
     if prune == Prune::Yes {
         gone.for_each(|(frontend, id)| planner.remove(*frontend, *id));
     }
-    planner.finish()
+    Plan { ops: planner.ops, refused: planner.refused }
 }
 
 struct Planner<'a> {
     applied: &'a Applied,
     alloc: Alloc,
     ops: Vec<Op>,
-    /// Backends that nothing refers to any more once `ops` so far are done, and how long their
-    /// sockets may stay.
-    unused: BTreeMap<u32, u64>,
     refused: Vec<Refused>,
 }
 
@@ -189,7 +185,9 @@ impl Planner<'_> {
 
         let refuse = |map, needed, free, max| Err(Refused { frontend, map, needed, free, max });
         let Alloc { services: service_ids, backends: backend_ids, .. } = &self.alloc;
-        let new = known_backends.iter().filter(|known| known.is_none()).count();
+        let retired = |endpoint: &Endpoint| current?.retired.get(endpoint).copied();
+        let both = backends.keys().zip(&known_backends);
+        let new = both.filter(|(endpoint, known)| known.is_none() && retired(endpoint).is_none()).count();
         if new > backend_ids.free() as usize {
             return refuse(map::BACKENDS, new, backend_ids.free(), backend_ids.max());
         }
@@ -204,10 +202,11 @@ impl Planner<'_> {
         // marked first: the workloads and datagram sockets that keep it look for another one.
         let mut ops = Vec::new();
         for ((&endpoint, &weight), known) in backends.iter().zip(known_backends) {
-            let backend = known.map(|backend| backend.id).unwrap_or_else(|| {
-                taken.push(self.alloc.backends.take().expect("enough are free"));
-                taken[taken.len() - 1]
-            });
+            let backend =
+                known.map(|backend| backend.id).or_else(|| retired(&endpoint)).unwrap_or_else(|| {
+                    taken.push(self.alloc.backends.take().expect("enough are free"));
+                    taken[taken.len() - 1]
+                });
             if known.is_none_or(|backend| backend.weight != weight) {
                 ops.push(Op::PutBackend { id: backend, service: id, endpoint, weight });
             }
@@ -246,28 +245,20 @@ impl Planner<'_> {
         if known.is_none() {
             ops.push(Op::PutFrontend { frontend, service: id });
         }
+        let drain_ms = settings.drain_ms;
+        ops.extend(gone.into_iter().map(|(_, known)| Op::RetireBackend { id: known.id, drain_ms }));
         self.ops.extend(ops);
-        self.unused.extend(gone.into_iter().map(|(_, known)| (known.id, settings.drain_ms)));
         Ok(())
     }
 
     fn remove(&mut self, frontend: Frontend, id: u32) {
         self.ops.push(Op::DeleteFrontend { frontend });
-        self.ops.push(Op::PutService { id, word: ServiceWord::default() });
         if let Some(service) = self.applied.services.get(&id) {
             let drain_ms = service.settings.drain_ms;
-            self.unused.extend(service.backends.values().map(|backend| (backend.id, drain_ms)));
+            let retire = |known: &Known| Op::RetireBackend { id: known.id, drain_ms };
+            self.ops.extend(service.backends.values().map(retire));
         }
-    }
-
-    fn finish(mut self) -> Plan {
-        if !self.ops.is_empty() || !self.unused.is_empty() {
-            self.ops.extend(self.unused.into_iter().map(|(id, drain_ms)| Op::DeleteBackend { id, drain_ms }));
-            // Only now may ids and slots that became free be used again.
-            let at = self.ops.iter().position(|op| matches!(op, Op::DeleteBackend { .. }));
-            self.ops.insert(at.unwrap_or(self.ops.len()), Op::Grace);
-        }
-        Plan { ops: self.ops, refused: self.refused }
+        self.ops.push(Op::PutService { id, word: ServiceWord::default() });
     }
 }
 

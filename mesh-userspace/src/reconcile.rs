@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{runtime::Handle, sync::watch};
+use tokio::{runtime::Handle, sync::watch, task::JoinHandle};
 
 use mesh_common::abi::Frontend;
 
@@ -38,11 +38,18 @@ pub struct Report {
 pub struct Reconciler {
     datapath: Datapath,
     applied: Arc<RwLock<Applied>>,
+    runtime: Handle,
+    /// The grace that is under way.
+    grace: Option<JoinHandle<Result<(), Error>>>,
     report: watch::Sender<Report>,
     /// Whether our programs, not those of an earlier daemon, were put in place.
     attached: bool,
-    /// Who is told which backends are gone.
-    leaving: mpsc::Sender<News>,
+    /// When everything was last seen in its place.
+    mended: Option<Instant>,
+    /// Backends that are deleted after a grace.
+    leaving: BTreeMap<u32, Leaving>,
+    /// Who is told that they are gone.
+    left: mpsc::Sender<News>,
     zone: Option<String>,
     /// Whether programs of an earlier daemon run, on whatever maps.
     succeeds: bool,
@@ -52,6 +59,16 @@ pub struct Reconciler {
     warming: BTreeMap<(Frontend, Endpoint), Instant>,
     /// Backends that the kernel avoided when the weights were made; only a zone asks for them.
     ejected: BTreeSet<u32>,
+}
+
+async fn end_of(grace: &mut Option<JoinHandle<Result<(), Error>>>) -> Result<(), Error> {
+    if let Some(grace) = grace
+        && let Ok(result) = grace.await
+    {
+        return result;
+    }
+    // There is none, or the daemon is about to end.
+    std::future::pending().await
 }
 
 /// What the weights in effect depend on, besides the catalog.
@@ -88,7 +105,8 @@ impl Reconciler {
     pub fn new(
         mut datapath: Datapath,
         zone: Option<String>,
-        leaving: mpsc::Sender<News>,
+        left: mpsc::Sender<News>,
+        runtime: Handle,
     ) -> Result<Self, Error> {
         let applied = datapath.maps.restore()?;
         let succeeds = PROGRAMS.iter().any(|name| datapath.pins().link_info(name).is_some());
@@ -102,9 +120,13 @@ impl Reconciler {
             succeeds,
             adopted: applied.frontends.keys().copied().collect(),
             applied: Arc::new(RwLock::new(applied)),
+            runtime,
+            grace: None,
             report,
             attached,
-            leaving,
+            mended: None,
+            leaving: BTreeMap::new(),
+            left,
             zone,
             warming: BTreeMap::new(),
             ejected: BTreeSet::new(),
@@ -120,16 +142,73 @@ impl Reconciler {
     }
 
     /// Follows the catalog until its sender is gone. Blocks: run it on a thread of its own.
-    pub fn run(mut self, runtime: &Handle, mut catalog: watch::Receiver<Option<Arc<Catalog>>>) {
+    pub fn run(mut self, mut catalog: watch::Receiver<Option<Arc<Catalog>>>) {
+        let runtime = self.runtime.clone();
         loop {
             let current = catalog.borrow_and_update().clone();
             if let Some(current) = current.filter(|current| self.knows_enough(current)) {
                 self.round(&current);
             }
-            let changed = runtime.block_on(async { tokio::time::timeout(PERIOD, catalog.changed()).await });
-            if let Ok(Err(_)) = changed {
+            self.begin_grace();
+            let look = self.mended.unwrap_or_else(Instant::now) + PERIOD;
+            let (mut ended, grace) = (None, &mut self.grace);
+            // No change waits for the grace of the one before.
+            let goes_on = runtime.block_on(async {
+                tokio::select! {
+                    changed = catalog.changed() => changed.is_ok(),
+                    result = end_of(grace) => {
+                        ended = Some(result);
+                        true
+                    }
+                    () = tokio::time::sleep_until(look.into()) => true,
+                }
+            });
+            if let Some(result) = ended {
+                self.end_grace(result);
+            }
+            if !goes_on {
                 return;
             }
+        }
+    }
+
+    /// Starts to wait for the readers of what is out of use, if that is not under way.
+    fn begin_grace(&mut self) {
+        if self.grace.is_some() || !self.applied.write().expect("no writer panics").begin_grace() {
+            return;
+        }
+        let grace = self.datapath.maps.grace();
+        let wait = move || grace().inspect_err(|_| std::thread::sleep(PERIOD));
+        self.grace = Some(self.runtime.spawn_blocking(wait));
+    }
+
+    /// A grace that failed is tried again by the next [`begin_grace`](Self::begin_grace).
+    fn end_grace(&mut self, result: Result<(), Error>) {
+        self.grace = None;
+        if let Err(error) = result.and_then(|()| self.free()) {
+            self.fail(&error);
+        }
+    }
+
+    /// Frees what waited for the grace that has ended.
+    fn free(&mut self) -> Result<(), Error> {
+        let ops = self.applied.write().expect("no writer panics").end_grace();
+        self.carry_out(&ops)
+    }
+
+    /// Waits until all that is out of use is free; says whether there was any.
+    fn settle(&mut self) -> Result<bool, Error> {
+        let mut freed = false;
+        loop {
+            let under_way = self.grace.take().and_then(|grace| self.runtime.block_on(grace).ok());
+            if !matches!(under_way, Some(Ok(()))) {
+                if !self.applied.write().expect("no writer panics").begin_grace() {
+                    return Ok(freed);
+                }
+                self.datapath.maps.grace()()?;
+            }
+            self.free()?;
+            freed = true;
         }
     }
 
@@ -149,14 +228,10 @@ impl Reconciler {
             && before.written.as_ref().is_some_and(|written| Arc::ptr_eq(written, catalog))
             && !self.weights_change();
         self.reclaim();
-        let mended = if self.attached { self.datapath.mend() } else { Ok(Vec::new()) };
-        for mended in mended.iter().flatten() {
-            tracing::warn!("{mended} had been taken away, and was put back");
-        }
+        let mended = self.mend();
         if known && self.attached && mended.is_ok() {
             return;
         }
-        let mended = mended.map(drop);
         let mut report = before.clone();
         // A registry's news are written also where something cannot be put back.
         let written = if known { Ok(before.refused.clone()) } else { self.write(catalog, &before) };
@@ -171,26 +246,51 @@ impl Reconciler {
                 report.error = None;
             }
             Err(error) => {
-                let error = error.to_string();
-                if before.error.as_ref() != Some(&error) {
-                    tracing::error!("{error}");
-                }
-                report.error = Some(error);
-                // What was written before the error is in the maps, so they know best.
-                match self.datapath.maps.restore() {
-                    Ok(applied) => *self.applied.write().expect("no writer panics") = applied,
-                    Err(error) => tracing::error!("cannot read the maps back: {error}"),
-                }
+                self.fail(&error);
+                report.error = Some(error.to_string());
             }
         }
         report.seconds = start.elapsed().as_secs_f64();
         self.report.send_replace(report);
     }
 
+    /// Puts back what was taken away, at most once a period.
+    fn mend(&mut self) -> Result<(), Error> {
+        if !self.attached || self.mended.is_some_and(|at| at.elapsed() < PERIOD) {
+            return Ok(());
+        }
+        self.mended = None;
+        for mended in self.datapath.mend()? {
+            tracing::warn!("{mended} had been taken away, and was put back");
+        }
+        self.mended = Some(Instant::now());
+        Ok(())
+    }
+
+    /// Says what is wrong, unless it was said before. What was written before the error is in the maps, so they
+    /// know best.
+    fn fail(&mut self, error: &Error) {
+        let error = error.to_string();
+        if self.report.borrow().error.as_ref() != Some(&error) {
+            tracing::error!("{error}");
+        }
+        self.report.send_modify(|report| report.error = Some(error));
+        match self.datapath.maps.restore() {
+            Ok(applied) => *self.applied.write().expect("no writer panics") = applied,
+            Err(error) => tracing::error!("cannot read the maps back: {error}"),
+        }
+        // A grace under way frees nothing any more. Those of its backends that are still there leave once more.
+        self.grace = None;
+        std::mem::take(&mut self.leaving).into_values().for_each(|leaving| self.tell(News::Left(leaving)));
+    }
+
     /// Writes until nothing is left to write: what did not fit may fit once something else has gone.
     fn write(&mut self, catalog: &Catalog, before: &Report) -> Result<Vec<String>, Error> {
         if let Some(changes) = self.changes(catalog, before) {
-            let plan = self.plan(changes, Prune::No);
+            let mut plan = self.plan(changes.iter().copied(), Prune::No);
+            if !plan.refused.is_empty() && self.settle()? {
+                plan = self.plan(changes, Prune::No);
+            }
             if plan.refused.is_empty() {
                 return self.carry_out(&plan.ops).map(|()| Vec::new());
             }
@@ -199,7 +299,7 @@ impl Reconciler {
         loop {
             let plan = self.plan(catalog.services.values(), catalog.prune());
             self.carry_out(&plan.ops)?;
-            if plan.refused.is_empty() || plan.ops.is_empty() {
+            if plan.refused.is_empty() || !self.settle()? && plan.ops.is_empty() {
                 return Ok(plan.refused.iter().map(ToString::to_string).collect());
             }
         }
@@ -228,32 +328,34 @@ impl Reconciler {
     }
 
     fn carry_out(&mut self, ops: &[Op]) -> Result<(), Error> {
-        let mut leaving = self.leaving(ops).into_iter().peekable();
         for op in ops {
             self.datapath.maps.write(op)?;
-            self.applied.write().expect("no writer panics").apply(op);
-            // One after the other: what comes after may fail.
-            let is_its =
-                |leaving: &Leaving| matches!(op, Op::DeleteBackend { id, .. } if *id == leaving.backend);
-            if let Some(leaving) = leaving.next_if(is_its) {
-                // Without anybody to tell, the daemon is about to end.
-                let _ = self.leaving.send(News::Left(leaving));
+            let mut applied = self.applied.write().expect("no writer panics");
+            match op {
+                Op::RetireBackend { id, drain_ms } => {
+                    let was = applied.whereabouts(*id);
+                    let was = was.and_then(|(number, at)| Some((Protocol::from_number(number)?, at)));
+                    let drain = Duration::from_millis(*drain_ms);
+                    self.leaving.extend(was.map(|was| (*id, Leaving::new(*id, was, drain))));
+                }
+                Op::PutBackend { id, .. } => drop(self.leaving.remove(id)),
+                _ => {}
+            }
+            applied.apply(op);
+            drop(applied);
+            if let Op::DeleteBackend { id } = op
+                && let Some(leaving) = self.leaving.remove(id)
+            {
+                self.tell(News::Left(leaving));
             }
         }
         self.reclaim();
         Ok(())
     }
 
-    /// The backends that a plan removes.
-    fn leaving(&self, ops: &[Op]) -> Vec<Leaving> {
-        let applied = self.applied.read().expect("no writer panics");
-        let leaving = |op: &Op| {
-            let Op::DeleteBackend { id, drain_ms } = op else { return None };
-            let (protocol, endpoint) = applied.whereabouts(*id)?;
-            let was = (Protocol::from_number(protocol)?, endpoint);
-            Some(Leaving::new(*id, was, Duration::from_millis(*drain_ms)))
-        };
-        ops.iter().filter_map(leaving).collect()
+    fn tell(&self, news: News) {
+        // Without anybody to tell, the daemon is about to end.
+        let _ = self.left.send(news);
     }
 
     /// Keeps since when the backends of services with a slow start are known. Those that a service
@@ -295,7 +397,7 @@ impl Reconciler {
     fn attach(&mut self) -> Result<(), Error> {
         if !self.attached {
             if self.datapath.take_over(&self.applied.read().expect("no writer panics"))? {
-                let _ = self.leaving.send(News::TakenOver);
+                self.tell(News::TakenOver);
             }
             self.attached = true;
         }

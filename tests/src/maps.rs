@@ -4,6 +4,7 @@ use std::{
     net::IpAddr,
     os::fd::AsFd,
     path::{Path, PathBuf},
+    thread::JoinHandle,
 };
 
 use aya::{
@@ -55,6 +56,8 @@ pub fn bench_object() -> PathBuf {
 pub struct Written {
     pub datapath: Datapath,
     pub applied: Applied,
+    /// The grace that is under way.
+    grace: Option<JoinHandle<Result<(), datapath::Error>>>,
     // Dropped last: the datapath holds its lock.
     pins: Pinned,
 }
@@ -75,16 +78,20 @@ impl Written {
         let options = Options { cgroup, pin_dir, vip_ranges: vip_ranges(), sizes };
         let mut datapath = Datapath::open(&options).expect("the datapath opens");
         let applied = datapath.maps.restore().expect("empty maps");
-        Self { datapath, applied, pins }
+        Self { datapath, applied, grace: None, pins }
     }
 
     pub fn pin_dir(&self) -> &Path {
         &self.pins.0
     }
 
-    /// What leads from what is written to what is desired.
-    pub fn plan(&self, desired: &Desired, prune: Prune) -> Vec<Op> {
-        let plan = plan::plan(desired, &self.applied, prune);
+    /// What leads from what is written to what is desired. Waits for what is out of use only where it is needed.
+    pub fn plan(&mut self, desired: &Desired, prune: Prune) -> Vec<Op> {
+        let mut plan = plan::plan(desired, &self.applied, prune);
+        if !plan.refused.is_empty() {
+            self.settle();
+            plan = plan::plan(desired, &self.applied, prune);
+        }
         assert_eq!(plan.refused, [], "it fits");
         plan.ops
     }
@@ -93,6 +100,35 @@ impl Written {
     pub fn write(&mut self, op: &Op) {
         self.datapath.maps.write(op).expect("the maps can be written");
         self.applied.apply(op);
+    }
+
+    /// Frees what waited for a grace that has ended, and begins the next one.
+    pub fn free(&mut self) {
+        if self.grace.as_ref().is_some_and(JoinHandle::is_finished) {
+            self.end_grace();
+        }
+        self.begin_grace();
+    }
+
+    /// Waits until all that is out of use is free.
+    pub fn settle(&mut self) {
+        self.end_grace();
+        self.begin_grace();
+        self.end_grace();
+    }
+
+    fn begin_grace(&mut self) {
+        if self.grace.is_none() && self.applied.begin_grace() {
+            self.grace = Some(std::thread::spawn(self.datapath.maps.grace()));
+        }
+    }
+
+    fn end_grace(&mut self) {
+        if let Some(grace) = self.grace.take() {
+            grace.join().expect("it does not panic").expect("the kernel waits");
+            self.applied.end_grace().iter().for_each(|op| self.write(op));
+            self.reclaim();
+        }
     }
 
     /// Backends that are gone, and that no socket is counted on.

@@ -1,6 +1,6 @@
 //! The tables that connects read, and how an operation of a plan is written to them.
 
-use std::{collections::BTreeMap, os::fd::AsFd, path::Path};
+use std::{collections::BTreeMap, os::fd::AsFd, path::Path, sync::Arc};
 
 use aya::maps::{HashMap, Map, MapData};
 use mesh_common::{
@@ -28,7 +28,7 @@ pub struct Maps {
     pub(super) load: Words,
     pub(super) health: Words,
     pub(super) ejected: Words,
-    pub(super) grace: Grace,
+    grace: Arc<Grace>,
     pub(super) sizes: Sizes,
 }
 
@@ -64,7 +64,7 @@ impl Maps {
             ejected: words(&ejected, map::EJECTED, sizes.services)?,
             frontends: HashMap::try_from(Map::HashMap(frontends)).map_err(map_error(map::FRONTENDS))?,
             backends: words(&backends, map::BACKENDS, sizes.backends * Backend::WORDS)?,
-            grace: Grace::new().map_err(io_error("cannot make a map of maps"))?,
+            grace: Grace::new().map_err(io_error("cannot make a map of maps"))?.into(),
             sizes,
         })
     }
@@ -167,6 +167,12 @@ impl Maps {
         Ok(applied)
     }
 
+    /// What waits, on whatever thread, until every `connect()` that began before has ended.
+    pub fn grace(&self) -> impl FnOnce() -> Result<()> + Send + 'static {
+        let grace = self.grace.clone();
+        move || grace.wait().map_err(io_error("cannot wait for readers"))
+    }
+
     /// Writes one operation.
     pub fn write(&mut self, op: &Op) -> Result<()> {
         match op {
@@ -195,12 +201,13 @@ impl Maps {
             Op::DeleteFrontend { frontend } => {
                 self.frontends.remove(frontend).map_err(map_error(map::FRONTENDS))?;
             }
-            Op::DeleteBackend { id, .. } => {
+            Op::DeleteBackend { id } => {
                 let service = self.backend(*id).service;
                 self.clear_backend(*id);
                 self.forget(*id, service);
             }
-            Op::Grace => self.grace.wait().map_err(io_error("cannot wait for readers"))?,
+            Op::RetireBackend { .. } => {}
+            Op::Grace => self.grace()()?,
         }
         Ok(())
     }

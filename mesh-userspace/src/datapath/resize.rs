@@ -58,7 +58,7 @@ pub(super) fn settle(options: &Options, pins: &Pins, lock: &File) -> Result<()> 
 /// Nobody counts in the old maps any more once every run that began with them has ended: then
 /// their counts go to the new maps, and these take their place.
 fn take_over(pins: &Pins, old: &Maps, new: &Maps) -> Result<()> {
-    new.grace.wait().map_err(io_error("cannot wait for readers"))?;
+    new.grace()()?;
     for id in 0..old.sizes.backends.min(new.sizes.backends) {
         // One after the other, so that a crash in between adds none twice.
         new.load.add(id, old.load.swap(id, 0));

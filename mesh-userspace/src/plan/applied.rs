@@ -7,8 +7,6 @@ use mesh_common::{
     select::Policy,
 };
 
-use crate::model::DRAIN;
-
 use super::{
     Endpoint, Op, Recipe, Wanted,
     alloc::{Alloc, Ids, Ranges},
@@ -24,7 +22,8 @@ pub struct Sizes {
     pub slots: u32,
 }
 
-/// A mirror of the maps. It changes only by [`apply`](Self::apply), after the map was written.
+/// A mirror of the maps. It changes only by [`apply`](Self::apply), after the map was written, and as graces
+/// begin and end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Applied {
     pub frontends: BTreeMap<Frontend, u32>,
@@ -36,9 +35,24 @@ pub struct Applied {
     owners: BTreeMap<u32, (u32, Endpoint)>,
     /// Slots written, but not yet pointed at, and what they were made from.
     pending: Option<(Vec<SlotWord>, Recipe)>,
-    /// Taken out of use, but perhaps still being read: free after the next grace.
-    retired_services: Vec<u32>,
-    retired_slots: Vec<(u32, u32)>,
+    /// What was taken out of use since the last grace began.
+    retired: Retired,
+    /// What is free when the grace that is under way has ended.
+    waiting: Retired,
+}
+
+/// Taken out of use, but perhaps still being read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Retired {
+    services: Vec<u32>,
+    slots: Vec<(u32, u32)>,
+    backends: BTreeSet<u32>,
+}
+
+impl Retired {
+    fn is_empty(&self) -> bool {
+        self.services.is_empty() && self.slots.is_empty() && self.backends.is_empty()
+    }
 }
 
 /// What a service word points at, and the ids of the service's backends.
@@ -57,9 +71,17 @@ pub struct Service {
     /// Whether the words are made from the backends as they are; not known after a start.
     settled: bool,
     pub backends: BTreeMap<Endpoint, Known>,
+    /// Backends that are to be deleted after a grace. One that comes back before is the same.
+    pub(super) retired: BTreeMap<Endpoint, u32>,
 }
 
 impl Service {
+    /// Its slots, if it has any.
+    fn range(&self) -> Option<(u32, u32)> {
+        let len = index(self.words.len());
+        (len > 0).then_some((self.base, len))
+    }
+
     /// Whether nothing is to be written: most services of a large table have not changed.
     pub(super) fn is_settled_as(&self, wanted: &Wanted) -> bool {
         let Wanted { policy, settings, backends } = wanted;
@@ -110,8 +132,8 @@ impl Applied {
             resting: BTreeSet::new(),
             owners: BTreeMap::new(),
             pending: None,
-            retired_services: Vec::new(),
-            retired_slots: Vec::new(),
+            retired: Retired::default(),
+            waiting: Retired::default(),
         }
     }
 
@@ -143,6 +165,7 @@ impl Applied {
                     made_from: None,
                     settled: false,
                     backends: BTreeMap::new(),
+                    retired: BTreeMap::new(),
                 };
                 applied.services.insert(id, service);
                 applied.frontends.insert(frontend, id);
@@ -156,8 +179,7 @@ impl Applied {
             applied.owners.insert(id, (backend.service, endpoint));
             let owner = applied.services.get_mut(&backend.service);
             if owner.is_none_or(|service| service.backends.entry(endpoint).or_insert(known).id != id) {
-                let drain_ms = u64::try_from(DRAIN.as_millis()).expect("20 s");
-                strays.push(Op::DeleteBackend { id, drain_ms });
+                strays.push(Op::DeleteBackend { id });
             }
         }
         // Whatever was being replaced when the writing stopped is no longer read after this.
@@ -224,6 +246,10 @@ impl Applied {
                 let service = self.services.entry(*service).or_default();
                 service.backends.insert(*endpoint, Known { id: *id, weight: *weight });
                 service.settled = false;
+                if service.retired.remove(endpoint).is_some() {
+                    self.retired.backends.remove(id);
+                    self.waiting.backends.remove(id);
+                }
             }
             Op::PutSlots { base, words, made_from } => {
                 self.alloc.slots.claim(*base, index(words.len()));
@@ -235,7 +261,7 @@ impl Applied {
             Op::PutService { id, word } if word.exists() => {
                 self.alloc.services.claim(*id);
                 let service = self.services.entry(*id).or_default();
-                self.retired_slots.push((service.base, index(service.words.len())));
+                self.retired.slots.extend(service.range());
                 service.base = word.base();
                 service.policy = word.policy();
                 service.sticky = word.is_sticky();
@@ -246,8 +272,8 @@ impl Applied {
             }
             Op::PutService { id, .. } => {
                 if let Some(service) = self.services.remove(id) {
-                    self.retired_slots.push((service.base, index(service.words.len())));
-                    self.retired_services.push(*id);
+                    self.retired.slots.extend(service.range());
+                    self.retired.services.push(*id);
                 }
             }
             Op::PutFrontend { frontend, service } => {
@@ -257,23 +283,43 @@ impl Applied {
             Op::DeleteFrontend { frontend } => {
                 self.frontends.remove(frontend);
             }
-            Op::DeleteBackend { id, .. } => {
+            Op::RetireBackend { id, .. } => {
+                if let Some((service, endpoint)) = self.owners.get(id)
+                    && let Some(service) = self.services.get_mut(service)
+                {
+                    service.backends.remove(endpoint);
+                    service.retired.insert(*endpoint, *id);
+                }
+                self.retired.backends.insert(*id);
+            }
+            Op::DeleteBackend { id } => {
                 if let Some((service, endpoint)) = self.owners.remove(id)
                     && let Some(service) = self.services.get_mut(&service)
-                    && service.backends.get(&endpoint).is_some_and(|backend| backend.id == *id)
+                    && service.retired.get(&endpoint) == Some(id)
                 {
-                    service.backends.remove(&endpoint);
+                    service.retired.remove(&endpoint);
                 }
                 self.resting.insert(*id);
             }
-            Op::Grace => {
-                for id in self.retired_services.drain(..) {
-                    self.alloc.services.give_back(id);
-                }
-                for (base, len) in self.retired_slots.drain(..) {
-                    self.alloc.slots.give_back(base, len);
-                }
-            }
+            Op::Grace => {}
         }
+    }
+
+    /// What is out of use now is free once a grace has ended that begins after this. Says whether there is
+    /// something to wait for. No grace may be under way.
+    pub fn begin_grace(&mut self) -> bool {
+        if self.waiting.is_empty() {
+            self.waiting = std::mem::take(&mut self.retired);
+        }
+        !self.waiting.is_empty()
+    }
+
+    /// Every `connect()` that began before the last [`begin_grace`](Self::begin_grace) has ended. Returns what is
+    /// to be written now.
+    pub fn end_grace(&mut self) -> Vec<Op> {
+        let Retired { services, slots, backends } = std::mem::take(&mut self.waiting);
+        services.into_iter().for_each(|id| self.alloc.services.give_back(id));
+        slots.into_iter().for_each(|(base, len)| self.alloc.slots.give_back(base, len));
+        backends.into_iter().map(|id| Op::DeleteBackend { id }).collect()
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! The writer's plans are taken apart into the stores of single words that the datapath makes, the
 //! reader into its loads. A load sees the word as it was at its time or as any later store leaves it,
-//! but a reader that began before a grace has ended when the grace has. Readers store nothing that others
+//! but a reader that began before a grace did has ended when the grace has. Readers store nothing that others
 //! load, but for the workload's affinity; so one reader stands for any number that overlap, when it
 //! may hold any backend id from any time before as its affinity.
 
@@ -44,8 +44,8 @@ impl Place {
 struct Trace {
     stores: Vec<Vec<(usize, u64)>>,
     now: usize,
-    /// When a grace ended.
-    graces: Vec<usize>,
+    /// When each grace began and ended.
+    graces: Vec<(usize, usize)>,
 }
 
 impl Trace {
@@ -78,7 +78,7 @@ impl Trace {
                     self.store(Place::Backend(*id, word), value);
                 }
             }
-            Op::DeleteBackend { id, .. } => {
+            Op::DeleteBackend { id } => {
                 (0..Backend::WORDS).rev().for_each(|word| self.store(Place::Backend(*id, word), 0));
             }
             Op::PutSlots { base, words, .. } => {
@@ -91,12 +91,22 @@ impl Trace {
                 self.store(Place::Frontend(number(frontend)), (*service).into());
             }
             Op::DeleteFrontend { frontend } => self.store(Place::Frontend(number(frontend)), 0),
-            Op::PutSettings { .. } => {}
+            Op::PutSettings { .. } | Op::RetireBackend { .. } => {}
             Op::Grace => {
-                self.now += 1;
-                self.graces.push(self.now);
+                let begun = self.tick();
+                self.end_grace(begun);
             }
         }
+    }
+
+    fn tick(&mut self) -> usize {
+        self.now += 1;
+        self.now
+    }
+
+    fn end_grace(&mut self, begun: usize) {
+        let ended = self.tick();
+        self.graces.push((begun, ended));
     }
 
     fn backend(&self, id: u32, time: usize) -> Backend {
@@ -133,9 +143,15 @@ impl Trace {
         (trace, applied)
     }
 
+    /// When a connect that begins at `start` has ended at the latest.
+    fn end(&self, start: usize) -> usize {
+        let ends = self.graces.iter().filter(|(begun, _)| *begun > start).map(|(_, ended)| *ended);
+        ends.min().unwrap_or(self.now)
+    }
+
     /// What becomes of a connect that begins at `start`: everything that can.
     fn connect(&self, n: usize, start: usize, client: Client) -> BTreeSet<Seen> {
-        let end = self.graces.iter().copied().find(|grace| *grace > start).unwrap_or(self.now);
+        let end = self.end(start);
         let mut seen = BTreeSet::new();
         for (time, id) in self.loads(Place::Frontend(n), start, end) {
             if id == 0 {
@@ -262,51 +278,134 @@ fn valid(world: &Desired, n: usize) -> BTreeSet<Seen> {
     if backends.is_empty() { BTreeSet::from([Seen::NoBackend]) } else { backends }
 }
 
-/// Leads to a world; `order` may change the plan. Returns when the last store was made that changes
-/// what connects meet.
-fn lead(trace: &mut Trace, applied: &mut Applied, to: &Desired, order: impl Fn(&mut Vec<Op>)) -> usize {
-    let plan = plan(to, applied, Prune::Yes);
-    assert_eq!(plan.refused, [], "the small world fits");
-    let mut ops = plan.ops.clone();
-    order(&mut ops);
-    let mut visible = trace.now;
-    for op in &ops {
-        if *op == Op::Grace {
-            visible = trace.now;
-        }
-        trace.write(op);
+/// What is done otherwise than it should be.
+#[derive(Clone, Copy)]
+enum Fault<'a> {
+    None,
+    Order(&'a dyn Fn(&mut Vec<Op>)),
+    /// Nobody waits before what is out of use is free.
+    NoGrace,
+    /// A grace is taken to be one also for what went out of use after it began.
+    BegunEarlier,
+    /// A backend that came back while a grace was under way is deleted all the same.
+    BackAndDeleted,
+}
+
+/// Writes as the reconciler does.
+struct Writer<'a> {
+    trace: Trace,
+    applied: Applied,
+    fault: Fault<'a>,
+    /// When the grace that is under way began, and what would be deleted had nothing come back since.
+    begun: Option<(usize, Vec<Op>)>,
+}
+
+impl Writer<'_> {
+    fn new(trace: Trace, applied: Applied) -> Self {
+        Self { trace, applied, fault: Fault::None, begun: None }
     }
-    plan.ops.iter().for_each(|op| applied.apply(op));
-    applied.reclaim(|_| true);
-    visible
+
+    fn empty() -> Self {
+        Self::new(Trace::new(), Applied::empty(SIZES))
+    }
+
+    /// Returns when the first and the last store were made that changes what connects meet.
+    fn write(&mut self, to: &Desired) -> (usize, usize) {
+        let mut planned = plan(to, &self.applied, Prune::Yes);
+        if !planned.refused.is_empty() {
+            self.settle();
+            planned = plan(to, &self.applied, Prune::Yes);
+        }
+        assert_eq!(planned.refused, [], "the small world fits");
+        let first = self.trace.now + 1;
+        let mut ops = planned.ops.clone();
+        if let Fault::Order(order) = self.fault {
+            order(&mut ops);
+        }
+        ops.iter().for_each(|op| self.trace.write(op));
+        planned.ops.iter().for_each(|op| self.applied.apply(op));
+        (first.min(self.trace.now), self.trace.now)
+    }
+
+    fn begin_grace(&mut self) {
+        let waits = matches!(self.fault, Fault::BegunEarlier) || self.applied.begin_grace();
+        if waits && self.begun.is_none() {
+            self.begun = Some((self.trace.tick(), self.applied.clone().end_grace()));
+        }
+    }
+
+    fn end_grace(&mut self) {
+        let Some((begun, deleted)) = self.begun.take() else { return };
+        if !matches!(self.fault, Fault::NoGrace) {
+            self.trace.end_grace(begun);
+        }
+        if matches!(self.fault, Fault::BegunEarlier) {
+            self.applied.begin_grace();
+        }
+        let ops = self.applied.end_grace();
+        let ops = if matches!(self.fault, Fault::BackAndDeleted) { deleted } else { ops };
+        for op in ops {
+            self.trace.write(&op);
+            self.applied.apply(&op);
+        }
+        self.applied.reclaim(|_| true);
+    }
+
+    fn settle(&mut self) {
+        self.end_grace();
+        self.begin_grace();
+        self.end_grace();
+    }
+
+    /// Goes through these worlds. A grace that begins after one of them ends after so many more. Returns
+    /// when the first and last store of each was made.
+    fn walk(&mut self, path: &[&Desired], span: usize) -> Vec<(usize, usize)> {
+        let mut over = 0;
+        let times = path.iter().enumerate().map(|(at, world)| {
+            let times = self.write(world);
+            if at >= over {
+                self.end_grace();
+                self.begin_grace();
+                over = at + span;
+            }
+            if span == 0 {
+                self.end_grace();
+            }
+            times
+        });
+        let times = times.collect();
+        self.settle();
+        times
+    }
 }
 
 /// Whether every reader of every moment meets what it may, on the way through these worlds.
-fn is_safe(path: &[&Desired], order: impl Fn(&mut Vec<Op>)) -> Result<(), String> {
-    let (mut trace, mut applied) = (Trace::new(), Applied::empty(SIZES));
-    lead(&mut trace, &mut applied, path[0], |_| {});
-    // When readers begin, and which worlds they may meet. Whoever begins right after a grace, and may see
-    // all of the next plan's stores before its grace, meets all that those do who begin a little later;
-    let mut starts = vec![(trace.graces.last().copied().unwrap_or(0), 0, path.len() - 1)];
-    for (at, world) in path.iter().enumerate().skip(1) {
-        let graces = trace.graces.len();
-        let visible = lead(&mut trace, &mut applied, world, &order);
-        if plan(world, &applied, Prune::Yes) != Plan::default() {
-            return Err(format!("planned again, {world:?} has something to write"));
-        }
-        if let Some(grace) = trace.graces.get(graces) {
-            starts.last_mut().expect("one is there").2 = at;
-            // but whoever begins when the change is made must not meet what was before.
-            starts.push((visible, at, at));
-            starts.push((*grace, at, path.len() - 1));
-        }
+fn is_safe(path: &[&Desired], span: usize, fault: Fault) -> Result<(), String> {
+    let mut writer = Writer { fault, ..Writer::empty() };
+    let times = writer.walk(path, span);
+    let last = path[path.len() - 1];
+    if plan(last, &writer.applied, Prune::Yes) != Plan::default() {
+        return Err(format!("planned again, {last:?} has something to write"));
     }
-    for (start, first, last) in starts {
+    let trace = writer.trace;
+    let nothing = Desired::new();
+    let worlds: Vec<_> = std::iter::once(&nothing).chain(path.iter().copied()).collect();
+    // A world may be met from its first store to the last one of the next.
+    let first: Vec<_> = std::iter::once(0).chain(times.iter().map(|(first, _)| *first)).collect();
+    let over: Vec<_> = times.iter().map(|(_, last)| *last).chain([usize::MAX]).collect();
+    // Whoever begins between two of these meets no more than who begins at the earlier one, and may meet as
+    // much.
+    let begun = trace.graces.iter().map(|(begun, _)| *begun);
+    let starts: BTreeSet<_> = begun.chain(times.iter().map(|(_, last)| *last)).chain([0]).collect();
+    for start in starts {
+        let end = trace.end(start);
+        let may = (0..worlds.len()).filter(|at| first[*at] <= end && over[*at] > start);
+        let may: Vec<_> = may.map(|at| worlds[at]).collect();
         for n in 0..2 {
-            let may: BTreeSet<_> = path[first..=last].iter().flat_map(|world| valid(world, n)).collect();
+            let may: BTreeSet<_> = may.iter().flat_map(|world| valid(world, n)).collect();
             let seen = trace.connect(n, start, Client::Kept);
             if !seen.is_subset(&may) {
-                return Err(format!("{seen:?}, not {may:?}, from {start} on the way {path:?}"));
+                return Err(format!("{seen:?}, not {may:?}, from {start} on the way {path:?}, span {span}"));
             }
         }
     }
@@ -316,17 +415,31 @@ fn is_safe(path: &[&Desired], order: impl Fn(&mut Vec<Op>)) -> Result<(), String
 const WEIGHTS: [u16; 3] = [0, 1, 3];
 const RANDOM: [Policy; 1] = [Policy::Random];
 
-fn as_planned(_: &mut Vec<Op>) {}
-
 /// Two services with up to two backends each, over three changes: ids and slots are used again by the
-/// other service.
+/// other service. The last change is made after the grace of the one before, or meanwhile.
 #[test]
 fn all_ways_through_three_worlds_of_two_services_are_safe() {
     let worlds = worlds(&[0, 1].map(|n| services(n, 2, &[1], &RANDOM)));
     for a in &worlds {
         for b in &worlds {
             for c in &worlds {
-                is_safe(&[a, b, c], as_planned).unwrap();
+                is_safe(&[a, b, c], 0, Fault::None).unwrap();
+                is_safe(&[a, b, c], 1, Fault::None).unwrap();
+            }
+        }
+    }
+}
+
+/// Two changes during a grace: backends leave, come back and leave again.
+#[test]
+fn all_ways_through_four_worlds_of_one_service_are_safe() {
+    let worlds = worlds(&[services(0, 2, &[1], &RANDOM)]);
+    for a in &worlds {
+        for b in &worlds {
+            for c in &worlds {
+                for d in &worlds {
+                    (0..4).for_each(|span| is_safe(&[a, b, c, d], span, Fault::None).unwrap());
+                }
             }
         }
     }
@@ -335,7 +448,7 @@ fn all_ways_through_three_worlds_of_two_services_are_safe() {
 fn all_changes_are_safe(worlds: &[Desired]) {
     for a in worlds {
         for b in worlds {
-            is_safe(&[a, b], as_planned).unwrap();
+            is_safe(&[a, b], 0, Fault::None).unwrap();
         }
     }
 }
@@ -355,53 +468,70 @@ fn all_changes_of_policy_are_safe() {
     all_changes_are_safe(&worlds);
 }
 
-/// A crash after any store, then a start with any target: what it leads to is what is wanted, with nothing
-/// left over, and every reader on the way meets what was before, or what is wanted.
+/// A crash after any store of the way, then a start with any target: what it leads to is what is wanted, with
+/// nothing left over, and every reader meets what was before, or what is wanted.
+fn no_crash_strands_anything(path: &[&Desired], span: usize, targets: &[&Desired]) {
+    let mut writer = Writer::empty();
+    writer.write(path[0]);
+    let from = writer.trace.now;
+    writer.walk(&path[1..], span);
+    for crash in from..=writer.trace.now {
+        let found: Vec<_> =
+            (0..2).map(|n| writer.trace.restart(crash).0.connect(n, 0, Client::New)).collect();
+        for target in targets {
+            let (trace, applied) = writer.trace.restart(crash);
+            let mut after = Writer::new(trace, applied);
+            after.walk(&[target], 0);
+            let Writer { trace, applied, .. } = after;
+            for (n, found) in found.iter().enumerate() {
+                assert!(path.iter().any(|world| *found == valid(world, n)), "{found:?} on the way {path:?}");
+                let may: BTreeSet<_> = found.union(&valid(target, n)).copied().collect();
+                let during = trace.connect(n, 0, Client::New);
+                assert!(during.is_subset(&may), "{during:?}, not {may:?}");
+                assert_eq!(trace.connect(n, trace.now, Client::Kept), valid(target, n));
+            }
+            let wanted: usize = target.values().map(|wanted| wanted.backends.len()).sum();
+            let in_use = (0..SIZES.backends).filter(|id| trace.backend(*id, trace.now).in_use());
+            assert_eq!(in_use.count(), wanted, "backends that nobody wants");
+            let Alloc { services, backends, slots } = &applied.alloc;
+            let used = [services.used(), backends.used(), slots.used()];
+            assert_eq!(used.map(|used| used as usize), [target.len(), wanted, wanted], "leaked");
+            assert_eq!(plan(target, &applied, Prune::Yes), Plan::default());
+        }
+    }
+}
+
 #[test]
 fn a_crash_after_any_store_strands_nothing() {
     let worlds = worlds(&[0, 1].map(|n| services(n, 2, &[1], &RANDOM)));
     let targets = [&worlds[0], &worlds[worlds.len() / 2], &worlds[worlds.len() - 1]];
     for a in &worlds {
         for b in &worlds {
-            let (mut trace, mut applied) = (Trace::new(), Applied::empty(SIZES));
-            lead(&mut trace, &mut applied, a, as_planned);
-            let from = trace.now;
-            lead(&mut trace, &mut applied, b, as_planned);
-            for crash in from..=trace.now {
-                let found: Vec<_> =
-                    (0..2).map(|n| trace.restart(crash).0.connect(n, 0, Client::New)).collect();
-                for target in targets {
-                    let (mut trace, mut applied) = trace.restart(crash);
-                    lead(&mut trace, &mut applied, target, as_planned);
-                    for (n, found) in found.iter().enumerate() {
-                        let may: BTreeSet<_> = found.union(&valid(target, n)).copied().collect();
-                        let [old, new] = [valid(a, n), valid(b, n)];
-                        assert!(*found == old || *found == new, "{found:?}, not {old:?} or {new:?}");
-                        let during = trace.connect(n, 0, Client::New);
-                        assert!(during.is_subset(&may), "{during:?}, not {may:?}");
-                        assert_eq!(trace.connect(n, trace.now, Client::Kept), valid(target, n));
-                    }
-                    let wanted: usize = target.values().map(|wanted| wanted.backends.len()).sum();
-                    let in_use = (0..SIZES.backends).filter(|id| trace.backend(*id, trace.now).in_use());
-                    assert_eq!(in_use.count(), wanted, "backends that nobody wants");
-                    let Alloc { services, backends, slots } = &applied.alloc;
-                    let used = [services.used(), backends.used(), slots.used()];
-                    assert_eq!(used.map(|used| used as usize), [target.len(), wanted, wanted], "leaked");
-                    assert_eq!(plan(target, &applied, Prune::Yes), Plan::default());
-                }
+            no_crash_strands_anything(&[a, b], 0, &targets);
+        }
+    }
+}
+
+#[test]
+fn a_crash_during_a_grace_strands_nothing() {
+    let worlds = worlds(&[services(0, 2, &[1], &RANDOM)]);
+    let targets: Vec<_> = worlds.iter().collect();
+    for a in &worlds {
+        for b in &worlds {
+            for c in &worlds {
+                no_crash_strands_anything(&[a, b, c], 1, &targets);
             }
         }
     }
 }
 
-/// Each wrong order of writing has to be noticed somewhere in the same worlds.
+/// Each fault has to be noticed somewhere in the same worlds.
 #[test]
-fn every_wrong_order_is_noticed() {
+fn every_fault_of_the_writer_is_noticed() {
     let worlds = worlds(&[0, 1].map(|n| services(n, 2, &[1], &RANDOM)));
-    let is_noticed = |order: &dyn Fn(&mut Vec<Op>)| {
-        worlds
-            .iter()
-            .any(|a| worlds.iter().any(|b| worlds.iter().any(|c| is_safe(&[a, b, c], order).is_err())))
+    let is_noticed = |fault: Fault| {
+        let fails = |path: &[&Desired]| (0..2).any(|span| is_safe(path, span, fault).is_err());
+        worlds.iter().any(|a| worlds.iter().any(|b| worlds.iter().any(|c| fails(&[a, b, c]))))
     };
     let pulled_ahead = |is_late: fn(&Op) -> bool, is_early: fn(&Op) -> bool| {
         move |ops: &mut Vec<Op>| {
@@ -417,12 +547,10 @@ fn every_wrong_order_is_noticed() {
     let word = |op: &Op| matches!(op, Op::PutService { word, .. } if word.exists());
     let slots = |op: &Op| matches!(op, Op::PutSlots { .. });
     let backend = |op: &Op| matches!(op, Op::PutBackend { .. });
-    assert!(is_noticed(&pulled_ahead(word, slots)), "the service word before the slots");
+    assert!(is_noticed(Fault::Order(&pulled_ahead(word, slots))), "the service word before the slots");
     // A frontend before its service would do no harm: it is refused until the word is there.
-    assert!(is_noticed(&pulled_ahead(word, backend)), "the service word before the backends");
-    assert!(
-        is_noticed(&pulled_ahead(|op| matches!(op, Op::DeleteBackend { .. }), |op| *op == Op::Grace)),
-        "backends deleted before the grace"
-    );
-    assert!(is_noticed(&|ops: &mut Vec<Op>| ops.retain(|op| *op != Op::Grace)), "no grace");
+    assert!(is_noticed(Fault::Order(&pulled_ahead(word, backend))), "the service word before the backends");
+    assert!(is_noticed(Fault::NoGrace), "no grace");
+    assert!(is_noticed(Fault::BegunEarlier), "freed by a grace that began earlier");
+    assert!(is_noticed(Fault::BackAndDeleted), "deleted although it came back");
 }

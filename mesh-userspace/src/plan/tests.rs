@@ -65,8 +65,8 @@ impl Memory {
             Op::DeleteFrontend { frontend } => {
                 self.frontends.remove(frontend);
             }
-            Op::DeleteBackend { id, .. } => self.backends[*id as usize] = Backend::default(),
-            Op::Grace => {}
+            Op::DeleteBackend { id } => self.backends[*id as usize] = Backend::default(),
+            Op::RetireBackend { .. } | Op::Grace => {}
         }
     }
 
@@ -113,15 +113,20 @@ fn selectable(desired: &Desired, frontend: &Frontend) -> Option<BTreeSet<Endpoin
     Some(backends.iter().filter(|(_, weight)| **weight > 0).map(|(endpoint, _)| *endpoint).collect())
 }
 
-/// Plans and writes; returns the memory after every prefix of the plan.
+/// Plans, writes, and waits for the readers; returns the memory after every prefix.
 fn run(desired: &Desired, applied: &mut Applied, memory: &mut Memory) -> Vec<(Memory, Option<Op>)> {
     let plan = plan(desired, applied, Prune::Yes);
     assert_eq!(plan.refused, [], "the small world fits");
     let mut states = Vec::new();
-    for op in plan.ops {
+    let mut write = |op: Op, applied: &mut Applied| {
         states.push((memory.clone(), Some(op.clone())));
         memory.write(&op);
         applied.apply(&op);
+    };
+    plan.ops.into_iter().for_each(|op| write(op, applied));
+    if applied.begin_grace() {
+        write(Op::Grace, applied);
+        applied.end_grace().into_iter().for_each(|op| write(op, applied));
     }
     applied.reclaim(|_| true);
     states.push((memory.clone(), None));
@@ -311,7 +316,11 @@ fn an_id_rests_until_no_socket_is_counted_on_it() {
     let (mut applied, mut memory) = (Applied::empty(SIZES), Memory::new());
     run(&desired(&[(0, &[(1, 1)])]), &mut applied, &mut memory);
     let id = applied.backend_id(&frontend(0), &endpoint(1)).unwrap();
-    let ops = plan(&desired(&[(0, &[(2, 1)])]), &applied, Prune::Yes).ops;
+    let mut ops = plan(&desired(&[(0, &[(2, 1)])]), &applied, Prune::Yes).ops;
+    ops.iter().for_each(|op| applied.apply(op));
+    assert!(applied.begin_grace());
+    ops = applied.end_grace();
+    assert_eq!(ops, [Op::DeleteBackend { id }]);
     ops.iter().for_each(|op| applied.apply(op));
     applied.reclaim(|_| false);
     let after = plan(&desired(&[(0, &[(2, 1), (3, 1)])]), &applied, Prune::Yes).ops;

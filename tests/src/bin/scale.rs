@@ -197,17 +197,11 @@ fn change(
         let new = catalog.follow(&before, &now).expect("nothing else is claimed");
         let changes = new.changes(&catalog).expect("the frontends are the same");
         let ops = written.plan(&catalog::desired(changes, &Node), Prune::No);
-        let (visible, rest) =
-            ops.split_at(ops.iter().position(|op| matches!(op, Op::Grace)).expect("a change"));
-        visible.iter().for_each(|op| written.write(op));
+        ops.iter().for_each(|op| written.write(op));
         times.push(start.elapsed());
-        for op in rest {
-            // Nobody reads: there is nobody to wait for.
-            if *op != Op::Grace {
-                written.datapath.maps.write(op).expect("the maps can be written");
-            }
-            written.applied.apply(op);
-        }
+        // Nobody reads: there is nobody to wait for.
+        written.applied.begin_grace();
+        written.applied.end_grace().iter().for_each(|op| written.write(op));
         written.reclaim();
         (before, catalog) = (now, new);
     }

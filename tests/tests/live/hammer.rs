@@ -215,17 +215,15 @@ fn write(written: &mut Written, world: &World, changed: &[u32], words: &Words, f
                     written.datapath.maps.write(&Op::PutFrontend { frontend, service }).unwrap();
                 }
             }
-            (_, Op::Grace, _) => {
-                world.settle(changed, words);
-                if fault == Fault::BackendInPlace {
-                    overwrite(written, world);
-                }
-            }
             _ => {}
         }
         written.write(op);
     }
-    written.reclaim();
+    world.settle(changed, words);
+    if fault == Fault::BackendInPlace {
+        overwrite(written, world);
+    }
+    written.free();
     ops.len() as u64
 }
 
