@@ -22,7 +22,7 @@ use mesh_userspace::{
     plan::{self, Applied, Desired, Op, Prune, applied::Sizes},
 };
 
-use crate::unique;
+use crate::{unique, wait_until};
 
 /// The default `[vip] ranges`.
 pub fn vip_ranges() -> VipRanges {
@@ -66,7 +66,9 @@ struct Pinned(PathBuf);
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        datapath::cleanup(&Pins::new(&self.0)).expect("nobody else holds the pin folder");
+        // A process that another test is about to start holds copies of our descriptors, and so the lock, until
+        // it runs its program.
+        wait_until("the pin folder is let go", || datapath::cleanup(&Pins::new(&self.0)).is_ok());
     }
 }
 

@@ -143,9 +143,9 @@ fn ejection_can_be_switched_off_and_changed_while_it_runs() {
     mesh.write(&services(&servers, &refusing, r#"eject = { failures = 2, base = "60s" }"#));
     wait_until("the new settings count", || failures(&mesh, 20) == 0);
     assert_eq!(ejected(&mesh), 1);
-    // A backend that leaves takes its penalty along.
+    // A backend that is gone takes its penalty along.
     mesh.write(&services(&servers, &[], ""));
-    mesh.wait_for_backends(&format!("{VIP}:80"), 1);
+    wait_until("it is gone", || mesh.used("BACKENDS") == 1);
     mesh.write(&services(&servers, &refusing, r#"eject = { failures = 2, base = "60s" }"#));
     mesh.wait_for_backends(&format!("{VIP}:80"), 2);
     assert_eq!(ejected(&mesh), 0);
