@@ -428,6 +428,31 @@ fn port_of(instances: &[Instance], known: &Known) -> Option<NonZeroU16> {
     }
 }
 
+/// The list of services, and on each further line what is said of one of them.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    static HTTP: std::sync::LazyLock<reqwest::Client> = std::sync::LazyLock::new(|| remote::http(&[]));
+    let (address, namespace) = ("http://10.0.0.1:8500".into(), namespace());
+    let mut client = Client {
+        http: HTTP.clone(),
+        url: None,
+        settings: Settings { address, token: None, datacenter: None, tag: None, namespace },
+        rules: rules::for_tests(),
+        services: BTreeMap::new(),
+        questions: JoinSet::new(),
+    };
+    let mut lines = bytes.split(|byte| *byte == b'\n');
+    let mut names = match client.list(lines.next().unwrap_or_default()) {
+        Ok((_, names)) => names,
+        Err(why) => return super::fuzz::problems(&[why]),
+    };
+    names.truncate(4);
+    for (line, name) in lines.zip(names.iter().cycle()) {
+        client.take(name, line);
+        super::fuzz::said(&remote::Client::read(&mut client));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
