@@ -382,7 +382,8 @@ type Read = (Option<Service>, u64, Vec<String>);
 fn read(name: &str, body: &[u8], known: &Known, namespace: &str, rules: &Rules) -> Result<Read, String> {
     let label = format!("service {name}.{namespace}");
     let entries: Vec<Value> = serde_json::from_slice(body).map_err(|error| format!("{label}: {error}"))?;
-    let (mut instances, mut problems, mut places) = (Vec::new(), Vec::new(), HashSet::new());
+    let (mut instances, mut problems) = (Vec::new(), Vec::new());
+    let (mut ids, mut places) = (HashSet::new(), HashSet::new());
     let (mut meta, mut created) = (BTreeMap::new(), u64::MAX);
     for entry in entries {
         let id = entry["Service"]["ID"].as_str().unwrap_or_default().escape_debug().to_string();
@@ -394,6 +395,9 @@ fn read(name: &str, body: &[u8], known: &Known, namespace: &str, rules: &Rules) 
             Ok(instance)
         });
         match instance {
+            Ok(one) if !ids.insert(one.id.clone()) => {
+                problems.push(format!("{label}: instance {id}: the id is used twice"));
+            }
             Ok(one) if places.insert((one.address, one.port)) => instances.push(one),
             Ok(one) => problems
                 .push(format!("{label}: instance {id}: {} port {} is used twice", one.address, one.port)),
