@@ -37,7 +37,8 @@ fn file(name: &str, bytes: &[u8]) {
             self::services(&services);
         }
         Err(error) => {
-            let lines = bytes.iter().filter(|byte| **byte == b'\n').count() as u64 + 1;
+            // YAML ends lines with either.
+            let lines = bytes.iter().filter(|byte| b"\r\n".contains(*byte)).count() as u64 + 1;
             assert!(error.line.is_none_or(|line| (1..=lines).contains(&line)), "{error}");
             problems(&[error.to_string()]);
         }
