@@ -5,9 +5,9 @@
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
-use mesh_userspace::fuzz::TARGETS;
+use mesh_userspace::fuzz::{TARGETS, Target};
 
-static TARGET: LazyLock<fn(&[u8])> = LazyLock::new(|| {
+static TARGET: LazyLock<Target> = LazyLock::new(|| {
     let name = std::env::var("MESH_FUZZ_TARGET").expect("MESH_FUZZ_TARGET names a target");
     TARGETS.into_iter().find(|(known, _)| *known == name).expect("a target of that name").1
 });

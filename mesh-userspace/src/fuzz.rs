@@ -7,8 +7,11 @@ use crate::{
     registry::{cloudmap, consul, embedded, etcd, fuzz as registry},
 };
 
+/// Takes any bytes.
+pub type Target = fn(&[u8]);
+
 /// By the name of its folder in `fuzz/corpus`.
-pub const TARGETS: [(&str, fn(&[u8])); 12] = [
+pub const TARGETS: [(&str, Target); 12] = [
     ("cloudmap", cloudmap::fuzz),
     ("consul", consul::fuzz),
     ("dns_query", dns::fuzz::query),

@@ -40,7 +40,7 @@ impl Registry {
                 None => drop(self.disk.remove(&key)),
             }
         }
-        let told = answer.as_ref().map_or_else(|error| error.body(), Clone::clone);
+        let told = answer.as_ref().map_or_else(super::error::Error::body, Clone::clone);
         for format in [Format::Json, Format::Cbor] {
             format.decode(&format.encode(&told)).expect("the answer can be read");
         }
