@@ -15,7 +15,7 @@ use hickory_resolver::{
     config::{ConnectionConfig, NameServerConfig, ResolverOpts},
     net::{DnsError, DnsHandle, NetError, RetryDnsHandle, runtime::TokioRuntimeProvider, xfer::FirstAnswer},
     proto::{
-        op::{DnsRequest, DnsRequestOptions, DnsResponse, Message, Query, ResponseCode},
+        op::{DnsRequest, DnsRequestOptions, DnsResponse, Message, OpCode, Query, ResponseCode},
         rr::{Name, RData, Record, RecordType},
     },
 };
@@ -190,6 +190,8 @@ pub(crate) async fn ask(pool: &Pool, query: Query) -> Result<Message, NetError> 
 /// What a client is told. Negative answers are not to be kept: a service may get the name.
 pub(super) fn own(result: Result<Message, NetError>) -> Own {
     match result {
+        // It may hold records that no answer can.
+        Ok(message) if message.metadata.op_code != OpCode::Query => Own::failed(ResponseCode::ServFail),
         Ok(message) => Own {
             code: message.metadata.response_code,
             answers: message.answers,
