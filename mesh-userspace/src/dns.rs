@@ -22,6 +22,8 @@ use tokio::{
 use crate::{config::Config, plan::Applied, reconcile::Report};
 
 mod answer;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 mod metrics;
 pub mod query;
 mod serve;

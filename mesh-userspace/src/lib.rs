@@ -8,6 +8,8 @@ pub mod daemon;
 pub mod datapath;
 pub mod dns;
 mod durable;
+#[cfg(any(test, feature = "fuzz"))]
+pub mod fuzz;
 pub mod model;
 pub mod namespaces;
 pub mod netns;

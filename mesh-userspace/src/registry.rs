@@ -19,6 +19,8 @@ pub mod dns;
 pub mod embedded;
 pub mod etcd;
 pub mod file;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 pub mod kept;
 pub mod remote;
 pub mod rules;

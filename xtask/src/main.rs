@@ -8,6 +8,7 @@ mod bench;
 mod build;
 mod ci;
 mod example;
+mod fuzz;
 mod node;
 mod other;
 mod run;
@@ -37,6 +38,9 @@ enum Command {
     Test(test::Args),
     /// Measure what a connect costs, against direct connects; writes bench/report/. Needs root or sudo.
     Bench(bench::Args),
+    /// Look for bytes that break what reads foreign ones, a minute for each target. What was found lies in
+    /// target/fuzz/TARGET.
+    Fuzz(fuzz::Args),
     /// What CI runs: format, lints, the example, every test.
     Ci,
     /// Build another version, with another layout of the maps, which the tests need.
@@ -66,6 +70,7 @@ fn main() -> ExitCode {
         Command::Bench(args) => bench::run(&args),
         Command::BenchClient(args) => bench::client(&args),
         Command::Ci => ci::run(),
+        Command::Fuzz(args) => fuzz::run_all(&args),
         Command::BenchLoadClient(args) => bench::load_client(&args),
         Command::ExampleBackend { name } => example::backend(&name),
         Command::ExampleClient(args) => example::client(&args),

@@ -48,7 +48,8 @@ pub(crate) fn mesh() -> anyhow::Result<()> {
     setup::toolchain()?;
     let other = root().join("target/other");
     fs::create_dir_all(other.join("target"))?;
-    for source in ["Cargo.toml", "Cargo.lock", "mesh-common", "mesh-ebpf", "mesh-userspace", "tests", "xtask"]
+    for source in
+        ["Cargo.toml", "Cargo.lock", "fuzz", "mesh-common", "mesh-ebpf", "mesh-userspace", "tests", "xtask"]
     {
         copy(&root().join(source), &other.join(source))?;
     }

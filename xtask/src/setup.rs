@@ -45,7 +45,6 @@ const PACKAGES: &[(&str, &str)] = &[
     // The resolvers of the matrix of names.
     ("musl-tools", "musl-gcc --version"),
     ("python3-dnspython", "/usr/bin/python3 -c 'import dns.resolver'"),
-    ("dnsperf", "dnsperf -h"),
     // For other kernels.
     ("qemu-system-x86", "qemu-system-x86_64 --version"),
     ("busybox-static", "busybox true && ! ldd $(which busybox)"),

@@ -16,7 +16,7 @@ use super::{
 };
 
 /// The largest answer over UDP: what no usual path has to fragment (DNS flag day 2020).
-const MAX_UDP: u16 = 1232;
+pub(super) const MAX_UDP: u16 = 1232;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Transport {
@@ -61,6 +61,21 @@ pub(super) struct Question {
     start: Instant,
     /// Its share of what may be open.
     _open: Option<[OwnedSemaphorePermit; 2]>,
+}
+
+#[cfg(any(test, feature = "fuzz"))]
+impl Question {
+    /// One that can be read, and is for others to answer.
+    pub(super) fn forwarded(message: &Message, transport: Transport) -> Self {
+        let (metadata, query) = (message.metadata, message.queries.first().cloned());
+        let room = if transport == Transport::Udp { 512 } else { u16::MAX };
+        let (view, start) = (View::Node, Instant::now());
+        Self { metadata, query, view, edns: message.edns.is_some(), room, start, _open: None }
+    }
+
+    pub(super) fn query(&self) -> Option<&Query> {
+        self.query.as_ref()
+    }
 }
 
 impl Core {
@@ -122,7 +137,7 @@ impl Core {
         self.reply(&question, Source::Forwarded, own)
     }
 
-    fn reply(&self, question: &Question, source: Source, own: Own) -> Vec<u8> {
+    pub(super) fn reply(&self, question: &Question, source: Source, own: Own) -> Vec<u8> {
         let kind = question.query.as_ref().map(|query| query.query_type);
         self.metrics.count(source, kind, own.code, question.start.elapsed());
         let mut metadata = Metadata::response_from_request(&question.metadata);

@@ -15,8 +15,8 @@ use hickory_resolver::{
     config::{ConnectionConfig, NameServerConfig, ResolverOpts},
     net::{DnsError, DnsHandle, NetError, RetryDnsHandle, runtime::TokioRuntimeProvider, xfer::FirstAnswer},
     proto::{
-        op::{DnsRequest, DnsRequestOptions, DnsResponse, Message, Query, ResponseCode},
-        rr::{Name, RData, RecordType},
+        op::{DnsRequest, DnsRequestOptions, DnsResponse, Message, OpCode, Query, ResponseCode},
+        rr::{Name, RData, Record, RecordType},
     },
 };
 use tokio::{
@@ -103,6 +103,18 @@ impl Forwarder {
         own(result)
     }
 
+    /// What is kept of an answer.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(super) fn keep(
+        &self,
+        query: &Query,
+        result: Result<Message, NetError>,
+        now: Instant,
+    ) -> Option<Result<Message, NetError>> {
+        self.cache.insert(query.clone(), result, now);
+        self.cache.get(query, now)
+    }
+
     /// Takes notice where a question is one of the daemon's own that came back.
     pub(super) fn hear(&self, name: &Name) -> bool {
         let mut labels = name.iter();
@@ -176,23 +188,19 @@ pub(crate) async fn ask(pool: &Pool, query: Query) -> Result<Message, NetError> 
 }
 
 /// What a client is told. Negative answers are not to be kept: a service may get the name.
-fn own(result: Result<Message, NetError>) -> Own {
+pub(super) fn own(result: Result<Message, NetError>) -> Own {
     match result {
+        // It may hold records that no answer can.
+        Ok(message) if message.metadata.op_code != OpCode::Query => Own::failed(ResponseCode::ServFail),
         Ok(message) => Own {
             code: message.metadata.response_code,
             answers: message.answers,
-            authorities: message.authorities,
+            // Also beside an alias (CNAME) of a name that does not exist.
+            authorities: message.authorities.into_iter().map(not_kept).collect(),
             additionals: message.additionals,
         },
         Err(NetError::Dns(DnsError::NoRecordsFound(none))) => {
-            let authorities = none.soa.map(|soa| {
-                let mut soa = soa.into_record_of_rdata();
-                if let RData::SOA(data) = &mut soa.data {
-                    data.minimum = NEGATIVE_TTL;
-                }
-                soa.ttl = NEGATIVE_TTL;
-                soa
-            });
+            let authorities = none.soa.map(|soa| not_kept(soa.into_record_of_rdata()));
             Own { authorities: authorities.into_iter().collect(), ..Own::failed(none.response_code) }
         }
         Err(NetError::Dns(DnsError::ResponseCode(code))) => Own::failed(code),
@@ -201,6 +209,15 @@ fn own(result: Result<Message, NetError>) -> Own {
             Own::failed(ResponseCode::ServFail)
         }
     }
+}
+
+/// A SOA record says how long it is kept that there is nothing.
+fn not_kept(mut record: Record) -> Record {
+    if let RData::SOA(data) = &mut record.data {
+        data.minimum = NEGATIVE_TTL;
+        record.ttl = NEGATIVE_TTL;
+    }
+    record
 }
 
 /// Keeps one client from taking what all share.

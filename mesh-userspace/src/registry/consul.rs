@@ -382,7 +382,8 @@ type Read = (Option<Service>, u64, Vec<String>);
 fn read(name: &str, body: &[u8], known: &Known, namespace: &str, rules: &Rules) -> Result<Read, String> {
     let label = format!("service {name}.{namespace}");
     let entries: Vec<Value> = serde_json::from_slice(body).map_err(|error| format!("{label}: {error}"))?;
-    let (mut instances, mut problems, mut places) = (Vec::new(), Vec::new(), HashSet::new());
+    let (mut instances, mut problems) = (Vec::new(), Vec::new());
+    let (mut ids, mut places) = (HashSet::new(), HashSet::new());
     let (mut meta, mut created) = (BTreeMap::new(), u64::MAX);
     for entry in entries {
         let id = entry["Service"]["ID"].as_str().unwrap_or_default().escape_debug().to_string();
@@ -394,6 +395,9 @@ fn read(name: &str, body: &[u8], known: &Known, namespace: &str, rules: &Rules) 
             Ok(instance)
         });
         match instance {
+            Ok(one) if !ids.insert(one.id.clone()) => {
+                problems.push(format!("{label}: instance {id}: the id is used twice"));
+            }
             Ok(one) if places.insert((one.address, one.port)) => instances.push(one),
             Ok(one) => problems
                 .push(format!("{label}: instance {id}: {} port {} is used twice", one.address, one.port)),
@@ -425,6 +429,31 @@ fn port_of(instances: &[Instance], known: &Known) -> Option<NonZeroU16> {
     match instances {
         [] => known.service.as_ref().map(|service| service.id.port),
         [first, rest @ ..] => rest.iter().all(|one| one.port == first.port).then_some(first.port),
+    }
+}
+
+/// The list of services, and on each further line what is said of one of them.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    static HTTP: std::sync::LazyLock<reqwest::Client> = std::sync::LazyLock::new(|| remote::http(&[]));
+    let (address, namespace) = ("http://10.0.0.1:8500".into(), namespace());
+    let mut client = Client {
+        http: HTTP.clone(),
+        url: None,
+        settings: Settings { address, token: None, datacenter: None, tag: None, namespace },
+        rules: rules::for_tests(),
+        services: BTreeMap::new(),
+        questions: JoinSet::new(),
+    };
+    let mut lines = bytes.split(|byte| *byte == b'\n');
+    let mut names = match client.list(lines.next().unwrap_or_default()) {
+        Ok((_, names)) => names,
+        Err(why) => return super::fuzz::problems(&[why]),
+    };
+    names.truncate(4);
+    for (line, name) in lines.zip(names.iter().cycle()) {
+        client.take(name, line);
+        super::fuzz::said(&remote::Client::read(&mut client));
     }
 }
 

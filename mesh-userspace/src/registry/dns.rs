@@ -316,12 +316,15 @@ async fn addresses(pool: &Pool, name: &Name) -> Result<(Vec<IpAddr>, Duration), 
         (true, false) => v6.1,
         _ => v4.1.min(v6.1),
     };
-    let address = |record: Record| match record.data {
+    Ok((v4.0.iter().chain(&v6.0).filter_map(address).collect(), ttl))
+}
+
+fn address(record: &Record) -> Option<IpAddr> {
+    match record.data {
         RData::A(a) => Some(a.0.into()),
         RData::AAAA(aaaa) => Some(aaaa.0.into()),
         _ => None,
-    };
-    Ok((v4.0.into_iter().chain(v6.0).filter_map(address).collect(), ttl))
+    }
 }
 
 /// The records that there are, for how long. That there are none is an answer; a failure is not.
@@ -391,6 +394,19 @@ fn instances(places: &[Place], rules: &Rules) -> (Vec<Instance>, Vec<String>) {
     // Answers come in any order.
     instances.sort_by_key(|one| (one.address, one.port));
     (instances, problems)
+}
+
+/// What the records of an answer come to.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) fn fuzz(records: &[Record]) {
+    let rules = rules::for_tests();
+    let mut places: Vec<Place> =
+        records.iter().filter_map(address).map(|address| (address, 80, 100)).collect();
+    let targets = preferred(records.to_vec());
+    places.extend(targets.iter().map(|srv| (IpAddr::from([10, 0, 0, 1]), srv.port, srv.weight)));
+    let (instances, problems) = instances(&places, &rules);
+    super::fuzz::instances(&instances, &rules);
+    super::fuzz::problems(&problems);
 }
 
 #[cfg(test)]

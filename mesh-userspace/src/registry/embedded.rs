@@ -18,6 +18,8 @@ use super::{Rules, Snapshot, Start};
 pub mod calls;
 pub mod engine;
 pub mod error;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 pub mod http;
 pub mod leases;
 pub mod records;

@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use super::{
     Rules,
     remote::{self, Body, Said, jitter, reason},
+    rules,
 };
 
 mod mirror;
@@ -185,7 +186,7 @@ impl Client {
         let told = message.result;
         if told.canceled {
             return Err(match told.compact_revision {
-                0 => format!("the watch was cancelled: {}", told.cancel_reason),
+                0 => format!("the watch was cancelled: {}", rules::shown(&told.cancel_reason)),
                 revision => {
                     format!("history is compacted up to revision {revision}: everything is read again")
                 }
@@ -290,7 +291,7 @@ async fn post(
     let status = answer.status();
     let text = remote::body(answer, 1 << 16).await.unwrap_or_default();
     let told = serde_json::from_slice::<Value>(&text).unwrap_or_default();
-    Err(format!("{status}: {}", told["error"].as_str().unwrap_or("no reason is given")))
+    Err(format!("{status}: {}", rules::shown(&told["error"].as_str().unwrap_or("no reason is given"))))
 }
 
 fn parse<T: DeserializeOwned>(text: &[u8]) -> Result<T, String> {
@@ -364,5 +365,7 @@ fn int64<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
     text.parse().map_err(serde::de::Error::custom)
 }
 
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod tests;

@@ -22,7 +22,7 @@ use crate::{
     watch::{self, Changes},
 };
 
-pub(super) mod format;
+pub(crate) mod format;
 
 pub use format::FileError;
 

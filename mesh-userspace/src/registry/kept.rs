@@ -21,8 +21,9 @@ use xxhash_rust::xxh3::xxh3_64;
 use super::{
     Rules, Snapshot, State, Sync,
     file::format::{self, Records, ToRecords},
+    rules,
 };
-use crate::durable;
+use crate::{durable, model::Service};
 
 /// Raised when older programs would misread the files.
 const VERSION: u32 = 1;
@@ -98,21 +99,31 @@ fn read(path: &Path, state: &State, rules: &Rules) -> Result<Option<(Snapshot, S
         return Err(format!("this is no file of at most {MAX} bytes"));
     }
     let text = fs::read(path).map_err(|error| error.to_string())?;
-    let head: Head = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
-    if head.version != VERSION {
-        return Err(format!("its version is {}; this program knows version {VERSION}", head.version));
-    }
-    if (head.r#type.as_str(), &head.source) != (state.kind, &state.source) {
-        return Err(format!("it is about the registry {} {:?}", head.r#type, head.source));
-    }
-    let body: Body = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
-    let (kept, refused) = format::check(body.service, rules);
+    let (kept, refused) = parse(&text, state.kind, &state.source, rules)?;
     for why in refused {
         tracing::warn!("{}: {why}; it is left out", path.display());
     }
     let last_sync = meta.modified().map_err(|error| error.to_string())?;
     let kept = super::services(kept.into_iter().map(Arc::new));
     Ok(Some((Snapshot { kept, ..Snapshot::default() }, last_sync)))
+}
+
+/// The services of a file, and what is wrong with others.
+pub(super) fn parse(
+    text: &[u8],
+    kind: &str,
+    source: &str,
+    rules: &Rules,
+) -> Result<(Vec<Service>, Vec<String>), String> {
+    let head: Head = serde_json::from_slice(text).map_err(|error| rules::shown(&error))?;
+    if head.version != VERSION {
+        return Err(format!("its version is {}; this program knows version {VERSION}", head.version));
+    }
+    if (&*head.r#type, &*head.source) != (kind, source) {
+        return Err(format!("it is about the registry {} {:?}", head.r#type, head.source));
+    }
+    let body: Body = serde_json::from_slice(text).map_err(|error| rules::shown(&error))?;
+    Ok(format::check(body.service, rules))
 }
 
 /// Writes what the registries deliver.

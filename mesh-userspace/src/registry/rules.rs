@@ -87,6 +87,12 @@ pub fn instance_id(id: &str) -> Result<(), String> {
     Err(format!("instance id {id:?} is not 1 to 253 letters, digits and _/:.@-"))
 }
 
+/// What others wrote, within a message: on one line, and nothing that a terminal acts on.
+pub fn shown(text: &impl ToString) -> String {
+    let escaped = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.into() };
+    text.to_string().chars().map(escaped).collect()
+}
+
 fn in_any(ranges: &[IpNet], address: IpAddr) -> bool {
     ranges.iter().any(|range| range.contains(&address))
 }
@@ -96,7 +102,7 @@ fn list(ranges: &[IpNet]) -> String {
     ranges.join(", ")
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzz"))]
 pub(crate) fn for_tests() -> Rules {
     Rules {
         vip_ranges: vec!["127.128.0.0/10".parse().unwrap(), "fd00:6d65:7368::/96".parse().unwrap()],

@@ -1,10 +1,11 @@
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 use hickory_resolver::proto::{op::EdnsFlags, rr::Name};
 use proptest::prelude::*;
 
 use super::*;
 use crate::dns::{
+    fuzz,
     table::tests::{service, table},
     upstream::Forwarder,
 };
@@ -284,38 +285,11 @@ proptest! {
     /// Whatever comes, what goes out is a message, is an answer to it, and fits.
     #[test]
     fn no_bytes_break_it(bytes in proptest::collection::vec(any::<u8>(), 0..600)) {
-        answers_or_ignores(&bytes);
+        fuzz::query(&bytes);
     }
 
     #[test]
     fn no_damage_to_a_question_breaks_it(bytes in questions(), damages in damages()) {
-        answers_or_ignores(&damaged(bytes, damages));
-    }
-}
-
-fn answers_or_ignores(bytes: &[u8]) {
-    static CORE: LazyLock<Core> = LazyLock::new(core);
-    let here = "127.0.0.1".parse().unwrap();
-    for (transport, view) in
-        [(Transport::Udp, View::Node), (Transport::Tcp, View::Node), (Transport::Udp, View::Outside)]
-    {
-        match CORE.ask(bytes, Client::new(0, view, here, here), transport) {
-            Asked::Ignored => assert!(bytes.len() < 12 || bytes[2] & 0x80 != 0, "a question is ignored"),
-            Asked::Answered(reply) => {
-                let answer = Message::from_vec(&reply).unwrap();
-                assert_eq!(answer.metadata.id.to_be_bytes(), bytes[..2]);
-                assert_eq!(answer.metadata.message_type, MessageType::Response);
-                assert!(transport == Transport::Tcp || reply.len() <= MAX_UDP.into());
-                if let Some(record) = answer.answers.first() {
-                    assert_eq!(record.name, answer.queries[0].name);
-                }
-            }
-            Asked::Elsewhere(question) => {
-                assert_eq!(view, View::Node, "nobody outside asks through the node");
-                let name = question.query.unwrap().name;
-                let suffix = Name::from_ascii("service.local.").unwrap();
-                assert!(!suffix.zone_of(&name), "{name} leaves the node");
-            }
-        }
+        fuzz::query(&damaged(bytes, damages));
     }
 }

@@ -6,7 +6,7 @@ use std::{convert::Infallible, net::IpAddr, sync::Arc, time::Duration};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{
     HeaderMap, Method, Request, Response, StatusCode,
-    body::{Bytes, Incoming},
+    body::{Body, Bytes},
     header,
     server::conn::http1,
     service::service_fn,
@@ -61,10 +61,13 @@ pub async fn serve(listener: TcpListener, calls: mpsc::Sender<Call>) {
     }
 }
 
-async fn answer(
-    request: Request<Incoming>,
+pub(super) async fn answer<B>(
+    request: Request<B>,
     calls: &mpsc::Sender<Call>,
-) -> std::result::Result<Response<Full<Bytes>>, Infallible> {
+) -> std::result::Result<Response<Full<Bytes>>, Infallible>
+where
+    B: Body<Data = Bytes, Error: std::error::Error + Send + Sync + 'static>,
+{
     let (head, body) = request.into_parts();
     let mut format = Format::Json;
     let result = async {

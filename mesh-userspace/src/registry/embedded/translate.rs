@@ -129,7 +129,7 @@ pub fn fields<'a>(texts: impl Iterator<Item = (&'a str, &'a str)>) -> Result<Map
                 number.map_err(|_| format!("mesh.{key} {text:?} is not a number"))?.into()
             }
             _ if TEXTS.contains(&key) => Value::from(text),
-            _ => return Err(format!("mesh.{key} is not known to this version")),
+            _ => return Err(format!("mesh.{} is not known to this version", rules::shown(&key))),
         };
         match key.split_once('.') {
             None => drop(record.insert(key.into(), value)),
@@ -147,7 +147,7 @@ pub fn service(
     instances: &BTreeMap<String, Instance>,
     rules: &Rules,
 ) -> Result<(Option<model::Service>, Vec<String>), String> {
-    let label = format!("service {}.{}", service.name, namespace.name);
+    let label = rules::shown(&format!("service {}.{}", service.name, namespace.name));
     let Some(port) = port_of(service, instances) else {
         if instances.is_empty() {
             return Ok((None, Vec::new()));
@@ -162,7 +162,7 @@ pub fn service(
             Ok(Some(one)) => one,
             Ok(None) => continue,
             Err(why) => {
-                refused.push(format!("{label}: instance {id}: {why}"));
+                refused.push(format!("{label}: instance {}: {why}", rules::shown(id)));
                 continue;
             }
         };

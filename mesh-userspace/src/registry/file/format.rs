@@ -35,7 +35,7 @@ impl FileError {
     }
 
     fn at(path: &Path, line: Option<u64>, message: &str) -> Self {
-        Self { line, ..Self::new(path, message) }
+        Self { line, ..Self::new(path, rules::shown(&message)) }
     }
 }
 
@@ -244,14 +244,14 @@ pub(in crate::registry) fn check(Records(services): Records, rules: &Rules) -> (
 pub(in crate::registry) fn service(record: Value, rules: &Rules) -> Result<Service, String> {
     let name = record["name"].as_str().unwrap_or_default().to_owned();
     let records = serde_json::from_value(Value::Array(vec![record]));
-    let records = records.map_err(|error| format!("service {name:?}: {error}"))?;
+    let records = records.map_err(|error| format!("service {name:?}: {}", rules::shown(&error)))?;
     let (mut services, mut refused) = check(records, rules);
     services.pop().ok_or_else(|| refused.pop().unwrap_or_default())
 }
 
 /// One instance, in the form of JSON.
 pub(in crate::registry) fn instance(record: Value, rules: &Rules) -> Result<Instance, String> {
-    let record: RawInstance = serde_json::from_value(record).map_err(|error| error.to_string())?;
+    let record: RawInstance = serde_json::from_value(record).map_err(|error| rules::shown(&error))?;
     record.checked(rules)
 }
 
@@ -347,11 +347,7 @@ type Toml<T> = toml::Spanned<T>;
 type Record = Located<RawService<Located<RawInstance>>>;
 
 /// The services of a file; `None` if it has no list of services at all.
-pub(in crate::registry) fn parse(
-    path: &Path,
-    text: &str,
-    rules: &Rules,
-) -> Result<Option<Vec<Service>>, FileError> {
+pub(crate) fn parse(path: &Path, text: &str, rules: &Rules) -> Result<Option<Vec<Service>>, FileError> {
     let Some(format) = Format::of(path) else {
         return Err(FileError::new(path, "the file's name must end in .toml, .yaml, .yml or .json"));
     };
