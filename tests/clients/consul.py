@@ -1,16 +1,17 @@
 """What of Consul's HTTP API the registry of that type uses: an imitation, in memory, with blocking queries.
 
-Usage: consul.py ADDRESS PORT TOKEN. Indexes, waiting and answers are as Consul documents them; registering is
+Usage: consul.py ADDRESS PORT TOKEN [CERTIFICATE KEY]: with a certificate over TLS. Indexes, waiting and answers are as Consul documents them; registering is
 PUT /v1/catalog/register and /v1/catalog/deregister. PUT /restore/INDEX sets the index, as a restored snapshot does.
 """
 
 import json
+import ssl
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-address, port, token = sys.argv[1:]
+address, port, token, *certificate = sys.argv[1:]
 changed = threading.Condition()
 index, registered = 10, {}
 
@@ -72,4 +73,9 @@ class Handler(BaseHTTPRequestHandler):
             self.say(200, True)
 
 
-ThreadingHTTPServer((address, int(port)), Handler).serve_forever()
+server = ThreadingHTTPServer((address, int(port)), Handler)
+if certificate:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+server.serve_forever()

@@ -9,28 +9,57 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::{free_address, text, wait_until};
+use crate::{certificates::Certificates, free_address, text, wait_until};
 
 /// One server, until the test ends.
 pub struct Etcd {
     pub address: String,
     peer: String,
+    /// Whether it speaks TLS, and asks clients for certificates.
+    certificates: Option<Certificates>,
+    /// Of its root user.
+    password: Option<&'static str>,
     dir: TempDir,
     server: Child,
 }
 
 impl Etcd {
     pub fn start() -> Self {
+        Self::launch(None)
+    }
+
+    pub fn start_with(certificates: Certificates) -> Self {
+        Self::launch(Some(certificates))
+    }
+
+    fn launch(certificates: Option<Certificates>) -> Self {
         let (address, peer) = (free_address(), free_address());
         let dir = TempDir::with_prefix("mesh-etcd").unwrap();
-        let server = launch(&address, &peer, &dir);
-        let etcd = Self { address, peer, dir, server };
+        let server = launch(&address, &peer, certificates.as_ref(), &dir);
+        let etcd = Self { address, peer, certificates, password: None, dir, server };
         etcd.wait();
         etcd
     }
 
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        url(&self.address, self.certificates.as_ref())
+    }
+
+    /// From now on only users are served: a root, and one that may read what is below a prefix.
+    pub fn require_password(&mut self, (user, password): (&str, &str), prefix: &str) {
+        const ROOT: &str = "of root";
+        for args in [
+            &["user", "add", &format!("root:{ROOT}")][..],
+            &["user", "grant-role", "root", "root"],
+            &["role", "add", "reader"],
+            &["role", "grant-permission", "--prefix=true", "reader", "read", prefix],
+            &["user", "add", &format!("{user}:{password}")],
+            &["user", "grant-role", user, "reader"],
+            &["auth", "enable"],
+        ] {
+            self.ctl(args);
+        }
+        self.password = Some(ROOT);
     }
 
     /// `kill -9`.
@@ -41,7 +70,7 @@ impl Etcd {
 
     /// After [`kill`](Self::kill), with what it held.
     pub fn restart(&mut self) {
-        self.server = launch(&self.address, &self.peer, &self.dir);
+        self.server = launch(&self.address, &self.peer, self.certificates.as_ref(), &self.dir);
         self.wait();
     }
 
@@ -66,7 +95,13 @@ impl Etcd {
 
     fn client(&self) -> Command {
         let mut etcdctl = Command::new("etcdctl");
-        etcdctl.env("ETCDCTL_API", "3").args(["--endpoints", &self.address]);
+        etcdctl.env("ETCDCTL_API", "3").args(["--endpoints", &self.url()]);
+        if let Some(Certificates { ca, cert, key, .. }) = &self.certificates {
+            etcdctl.arg("--cacert").arg(ca).arg("--cert").arg(cert).arg("--key").arg(key);
+        }
+        if let Some(password) = self.password {
+            etcdctl.args(["--user", &format!("root:{password}")]);
+        }
         etcdctl
     }
 
@@ -92,13 +127,21 @@ impl Etcd {
     }
 }
 
-fn launch(address: &str, peer: &str, dir: &TempDir) -> Child {
-    let (address, peer) = (format!("http://{address}"), format!("http://{peer}"));
+fn url(address: &str, certificates: Option<&Certificates>) -> String {
+    format!("{}://{address}", if certificates.is_some() { "https" } else { "http" })
+}
+
+fn launch(address: &str, peer: &str, certificates: Option<&Certificates>, dir: &TempDir) -> Child {
+    let (address, peer) = (url(address, certificates), format!("http://{peer}"));
     let mut etcd = Command::new("etcd");
     etcd.arg("--data-dir").arg(dir.path().join("data"));
     etcd.args(["--listen-client-urls", &address, "--advertise-client-urls", &address]);
     etcd.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
     etcd.args(["--initial-cluster", &format!("default={peer}")]);
+    if let Some(Certificates { ca, cert, key, .. }) = certificates {
+        etcd.arg("--client-cert-auth").arg("--trusted-ca-file").arg(ca);
+        etcd.arg("--cert-file").arg(cert).arg("--key-file").arg(key);
+    }
     etcd.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
 

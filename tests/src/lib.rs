@@ -17,6 +17,7 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
+pub mod certificates;
 pub mod etcd;
 pub mod maps;
 pub mod netns;

@@ -31,6 +31,7 @@ const PACKAGES: &[(&str, &str)] = &[
     // A registry on the network.
     ("etcd-server", "etcd --version"),
     ("etcd-client", "etcdctl version"),
+    ("openssl", "openssl version"),
     // Judges of the files in `deploy`.
     ("systemd", "systemd-analyze --version"),
     ("kubernetes-client", "kubectl version --client"),

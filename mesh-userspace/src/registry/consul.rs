@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, HashSet},
     net::IpAddr,
     num::NonZeroU16,
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -17,7 +18,7 @@ use super::{
     Rules,
     embedded::translate,
     file::format,
-    remote::{self, Body, Said, reason},
+    remote::{self, Body, Said, Tls, reason, secret},
     rules,
 };
 use crate::model::{Instance, Service};
@@ -41,6 +42,9 @@ const AT_ONCE: usize = 64;
 pub struct Settings {
     address: String,
     token: Option<String>,
+    token_file: Option<PathBuf>,
+    #[serde(default)]
+    tls: Tls,
     datacenter: Option<String>,
     /// Only instances with this tag.
     tag: Option<String>,
@@ -55,7 +59,24 @@ fn namespace() -> String {
 impl Settings {
     pub fn check(&self, rules: &Rules) -> Result<(), String> {
         rules::dns_name("namespace", &self.namespace)?;
-        self.url(rules).map(drop)
+        if self.url(rules)?.scheme() == "http" && !self.tls.is_empty() {
+            return Err("tls is given, but address is not https://HOST:PORT".into());
+        }
+        if self.token.is_some() && self.token_file.is_some() {
+            return Err("token and token_file are both given".into());
+        }
+        self.access(rules).map(drop)
+    }
+
+    /// Reads the files.
+    fn access(&self, rules: &Rules) -> Result<Access, String> {
+        let url = self.url(rules)?;
+        let http = remote::http(&rules.vip_ranges, (url.scheme() == "https").then_some(&self.tls))?;
+        let token = match &self.token_file {
+            Some(path) => Some(secret("token_file", path)?),
+            None => self.token.clone(),
+        };
+        Ok(Access { http, url, token })
     }
 
     fn url(&self, rules: &Rules) -> Result<Url, String> {
@@ -87,10 +108,17 @@ struct Told {
     body: Vec<u8>,
 }
 
-pub struct Client {
+/// Where Consul is asked, and with which token.
+struct Access {
     http: reqwest::Client,
-    url: Option<Url>,
+    url: Url,
+    token: Option<String>,
+}
+
+pub struct Client {
     settings: Settings,
+    /// Of the connection that there is.
+    access: Option<Access>,
     rules: Rules,
     services: BTreeMap<String, Known>,
     questions: JoinSet<(Question, u64, Result<Told, String>)>,
@@ -108,9 +136,7 @@ struct Known {
 impl Client {
     /// With settings that were checked.
     pub fn new(settings: Settings, rules: Rules) -> Self {
-        let url = settings.url(&rules).ok();
-        let http = remote::http(&rules.vip_ranges);
-        Self { http, url, settings, rules, services: BTreeMap::new(), questions: JoinSet::new() }
+        Self { settings, access: None, rules, services: BTreeMap::new(), questions: JoinSet::new() }
     }
 
     /// Asks for what is newer than an index; for what there is, where that is zero.
@@ -129,14 +155,14 @@ impl Client {
             // Consul adds up to a sixteenth.
             patience = wait + wait / 16 + Duration::from_secs(3);
         }
-        let url = self.url.as_ref().and_then(|url| url.join(&path).ok());
-        let request = url.map(|mut url| {
+        let request = self.access.as_ref().and_then(|Access { http, url, token }| {
+            let mut url = url.join(&path).ok()?;
             url.query_pairs_mut().extend_pairs(query);
-            let request = self.http.get(url);
-            match &self.settings.token {
+            let request = http.get(url);
+            Some(match token {
                 Some(token) => request.header("X-Consul-Token", token),
                 None => request,
-            }
+            })
         });
         self.questions.spawn(async move {
             if index > 0 {
@@ -221,6 +247,7 @@ impl Client {
 impl remote::Client for Client {
     async fn connect(&mut self) -> Result<(), String> {
         self.questions = JoinSet::new();
+        self.access = Some(self.settings.access(&self.rules).map_err(|why| self.failed(&why))?);
         self.ask(Question::List, 0);
         let Some(Ok((_, _, told))) = self.questions.join_next().await else {
             return Err(self.failed("it was not asked"));
@@ -435,16 +462,8 @@ fn port_of(instances: &[Instance], known: &Known) -> Option<NonZeroU16> {
 /// The list of services, and on each further line what is said of one of them.
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) fn fuzz(bytes: &[u8]) {
-    static HTTP: std::sync::LazyLock<reqwest::Client> = std::sync::LazyLock::new(|| remote::http(&[]));
-    let (address, namespace) = ("http://10.0.0.1:8500".into(), namespace());
-    let mut client = Client {
-        http: HTTP.clone(),
-        url: None,
-        settings: Settings { address, token: None, datacenter: None, tag: None, namespace },
-        rules: rules::for_tests(),
-        services: BTreeMap::new(),
-        questions: JoinSet::new(),
-    };
+    let settings = serde_json::from_value(json!({ "address": "10.0.0.1:8500" })).expect("it is whole");
+    let mut client = Client::new(settings, rules::for_tests());
     let mut lines = bytes.split(|byte| *byte == b'\n');
     let mut names = match client.list(lines.next().unwrap_or_default()) {
         Ok((_, names)) => names,

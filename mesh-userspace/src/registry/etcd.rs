@@ -1,7 +1,7 @@
 //! The etcd registry, through etcd's JSON gateway: everything is listed once, then watched from that
 //! revision on.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use reqwest::Url;
@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 
 use super::{
     Rules,
-    remote::{self, Body, Said, jitter, reason},
+    remote::{self, Body, Said, Tls, jitter, reason, secret},
     rules,
 };
 
@@ -37,6 +37,10 @@ pub struct Settings {
     endpoints: Vec<String>,
     #[serde(default = "prefix")]
     prefix: String,
+    #[serde(default)]
+    tls: Tls,
+    username: Option<String>,
+    password_file: Option<PathBuf>,
 }
 
 fn prefix() -> String {
@@ -53,7 +57,27 @@ impl Settings {
         }
         self.endpoints.iter().try_for_each(|endpoint| {
             remote::url(endpoint, &rules.vip_ranges).map_err(|why| format!("endpoints: {why}")).map(drop)
-        })
+        })?;
+        if !self.is_secure() && !self.tls.is_empty() {
+            return Err("tls is given, but no endpoint is https://".into());
+        }
+        if self.username.is_some() != self.password_file.is_some() {
+            return Err("username and password_file go together".into());
+        }
+        self.password()?;
+        self.http(rules).map(drop)
+    }
+
+    fn is_secure(&self) -> bool {
+        self.endpoints.iter().any(|endpoint| endpoint.starts_with("https:"))
+    }
+
+    fn http(&self, rules: &Rules) -> Result<reqwest::Client, String> {
+        remote::http(&rules.vip_ranges, self.is_secure().then_some(&self.tls))
+    }
+
+    fn password(&self) -> Result<Option<String>, String> {
+        self.password_file.as_ref().map(|path| secret("password_file", path)).transpose()
     }
 
     pub fn source(&self) -> String {
@@ -62,19 +86,27 @@ impl Settings {
 }
 
 pub struct Client {
-    http: reqwest::Client,
+    settings: Settings,
+    rules: Rules,
     endpoints: Vec<Url>,
     /// The one to ask.
     endpoint: usize,
-    prefix: String,
     mirror: Mirror,
     watch: Option<Watch>,
     /// The question whether the server is still there.
     alive: JoinSet<Result<(), String>>,
 }
 
+/// How a server is asked, and as whom.
+#[derive(Clone)]
+struct Access {
+    http: reqwest::Client,
+    token: Option<String>,
+}
+
 /// What is told of changes.
 struct Watch {
+    access: Access,
     answer: reqwest::Response,
     /// The beginning of a message.
     partial: Vec<u8>,
@@ -83,24 +115,42 @@ struct Watch {
 impl Client {
     /// With settings that were checked.
     pub fn new(settings: Settings, rules: Rules) -> Self {
-        let Settings { endpoints, prefix } = settings;
-        let endpoints = endpoints.iter().filter_map(|text| Url::parse(text).ok()).collect();
-        let http = remote::http(&rules.vip_ranges);
-        let mirror = Mirror::new(&prefix, rules);
-        Self { http, endpoints, endpoint: 0, prefix, mirror, watch: None, alive: JoinSet::new() }
+        let endpoints = settings.endpoints.iter().filter_map(|text| Url::parse(text).ok()).collect();
+        let mirror = Mirror::new(&settings.prefix, rules.clone());
+        Self { settings, rules, endpoints, endpoint: 0, mirror, watch: None, alive: JoinSet::new() }
     }
 
     fn url(&self) -> &Url {
         &self.endpoints[self.endpoint]
     }
 
+    /// Reads the files anew, and shows who asks, where somebody is to be shown.
+    async fn access(&self) -> Result<Access, String> {
+        #[derive(Deserialize)]
+        struct Authenticated {
+            token: String,
+        }
+        let access = Access { http: self.settings.http(&self.rules)?, token: None };
+        let (Some(name), Some(password)) = (&self.settings.username, self.settings.password()?) else {
+            return Ok(access);
+        };
+        let request = json!({ "name": name, "password": password });
+        let answer = async {
+            let answer = access.post(self.url(), "v3/auth/authenticate", &request).await?;
+            remote::body(answer, MAX).await.map_err(|_| "no whole answer".to_owned())
+        };
+        let body = tokio::time::timeout(remote::ANSWER, answer).await.map_err(|_| LATE)??;
+        Ok(Access { token: Some(parse::<Authenticated>(&body)?.token), ..access })
+    }
+
     async fn open(&mut self) -> Result<Watch, String> {
-        let revision = self.list().await?;
+        let access = self.access().await?;
+        let revision = self.list(&access).await?;
         let from = json!({ "start_revision": (revision + 1).to_string() });
         let request = json!({ "create_request": self.range(self.start(), from) });
-        let sent = post(&self.http, self.url(), "v3/watch", &request);
+        let sent = access.post(self.url(), "v3/watch", &request);
         let answer = tokio::time::timeout(remote::ANSWER, sent).await.map_err(|_| LATE)??;
-        let mut watch = Watch { answer, partial: Vec::new() };
+        let mut watch = Watch { access, answer, partial: Vec::new() };
         // The first message says that it watches.
         let first = tokio::time::timeout(remote::ANSWER, watch.messages()).await;
         for message in first.map_err(|_| LATE)?? {
@@ -110,7 +160,7 @@ impl Client {
     }
 
     /// Reads everything; the revision that this is.
-    async fn list(&mut self) -> Result<i64, String> {
+    async fn list(&mut self, access: &Access) -> Result<i64, String> {
         let mut from = self.start();
         let mut limit = PAGE;
         let mut revision = None;
@@ -119,8 +169,8 @@ impl Client {
             let at = json!({ "limit": limit.to_string(), "revision": revision.unwrap_or(0).to_string() });
             let request = self.range(from.clone(), at);
             let page = async {
-                let answer =
-                    post(&self.http, self.url(), "v3/kv/range", &request).await.map_err(Body::Failed)?;
+                let answer = access.post(self.url(), "v3/kv/range", &request).await;
+                let answer = answer.map_err(Body::Failed)?;
                 remote::body(answer, MAX).await
             };
             let page: Page = match tokio::time::timeout(PAGE_TIME, page).await {
@@ -153,25 +203,25 @@ impl Client {
     }
 
     fn start(&self) -> Vec<u8> {
-        format!("{}/", self.prefix).into()
+        format!("{}/", self.settings.prefix).into()
     }
 
     /// The keys from `from` to the last one below the prefix.
     fn range(&self, from: Vec<u8>, mut more: Value) -> Value {
         more["key"] = BASE64_STANDARD.encode(from).into();
         // The byte after a slash.
-        more["range_end"] = BASE64_STANDARD.encode(format!("{}0", self.prefix)).into();
+        more["range_end"] = BASE64_STANDARD.encode(format!("{}0", self.settings.prefix)).into();
         more
     }
 
     /// Asks in a while whether the server still answers.
-    fn ask(&self) -> impl Future<Output = Result<(), String>> + Send + 'static {
-        let (http, url) = (self.http.clone(), self.url().clone());
+    fn ask(&self, access: Access) -> impl Future<Output = Result<(), String>> + Send + 'static {
+        let url = self.url().clone();
         let request = self.range(self.start(), json!({ "count_only": true }));
         async move {
             tokio::time::sleep(jitter(remote::PERIOD)).await;
             let answer = async {
-                let answer = post(&http, &url, "v3/kv/range", &request).await?;
+                let answer = access.post(&url, "v3/kv/range", &request).await?;
                 remote::body(answer, MAX).await.map(drop).map_err(|_| "no whole answer".to_owned())
             };
             tokio::time::timeout(remote::ANSWER, answer).await.map_err(|_| LATE)?
@@ -203,8 +253,9 @@ impl Client {
     }
 
     async fn wait(&mut self) -> Result<bool, String> {
-        if self.alive.is_empty() {
-            self.alive.spawn(self.ask());
+        let access = self.watch.as_ref().map(|watch| watch.access.clone());
+        if let Some(access) = access.filter(|_| self.alive.is_empty()) {
+            self.alive.spawn(self.ask(access));
         }
         let watch = self.watch.as_mut().ok_or("not connected")?;
         let messages = tokio::select! {
@@ -277,21 +328,24 @@ impl Watch {
     }
 }
 
-async fn post(
-    http: &reqwest::Client,
-    url: &Url,
-    path: &str,
-    body: &Value,
-) -> Result<reqwest::Response, String> {
-    let url = url.join(path).map_err(|error| error.to_string())?;
-    let answer = http.post(url).body(body.to_string()).send().await.map_err(reason)?;
-    if answer.status().is_success() {
-        return Ok(answer);
+impl Access {
+    async fn post(&self, url: &Url, path: &str, body: &Value) -> Result<reqwest::Response, String> {
+        let url = url.join(path).map_err(|error| error.to_string())?;
+        let mut request = self.http.post(url).body(body.to_string());
+        if let Some(token) = &self.token {
+            request = request.header("Authorization", token);
+        }
+        let answer = request.send().await.map_err(reason)?;
+        if answer.status().is_success() {
+            return Ok(answer);
+        }
+        let status = answer.status();
+        let text = remote::body(answer, 1 << 16).await.unwrap_or_default();
+        let told = serde_json::from_slice::<Value>(&text).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text[..text.len().min(200)]);
+        let why = told["error"].as_str().unwrap_or(text.trim());
+        Err(format!("{status}: {}", rules::shown(&why)))
     }
-    let status = answer.status();
-    let text = remote::body(answer, 1 << 16).await.unwrap_or_default();
-    let told = serde_json::from_slice::<Value>(&text).unwrap_or_default();
-    Err(format!("{status}: {}", rules::shown(&told["error"].as_str().unwrap_or("no reason is given"))))
 }
 
 fn parse<T: DeserializeOwned>(text: &[u8]) -> Result<T, String> {

@@ -18,8 +18,10 @@ use super::{Claims, Publisher, Services, Start, services as by_id};
 use crate::model::{Service, ServiceId};
 
 mod fuse;
+mod tls;
 
 pub use fuse::Fuse;
+pub use tls::{Tls, secret};
 
 /// The time for a connection, and for an answer: together with [`PERIOD`] less than the 10 seconds within
 /// which a registry that has fallen silent is noticed.
@@ -165,8 +167,9 @@ pub fn reason(error: reqwest::Error) -> String {
     inner.to_string()
 }
 
-/// An HTTP client of the daemon's own: never through a proxy, to where no VIP is, and to nowhere else.
-pub fn http(vip_ranges: &[IpNet]) -> reqwest::Client {
+/// An HTTP client of the daemon's own: never through a proxy, to where no VIP is, and to nowhere else. It
+/// speaks TLS only where that is asked for: a machine may have no certificates at all.
+pub fn http(vip_ranges: &[IpNet], tls: Option<&Tls>) -> Result<reqwest::Client, String> {
     let http = reqwest::Client::builder()
         .no_proxy()
         .redirect(reqwest::redirect::Policy::none())
@@ -176,9 +179,12 @@ pub fn http(vip_ranges: &[IpNet]) -> reqwest::Client {
         .tcp_keepalive_interval(Duration::from_secs(2))
         .tcp_keepalive_retries(2)
         .tcp_user_timeout(ANSWER)
-        .dns_resolver(Arc::new(Resolver(vip_ranges.to_vec())))
-        .build();
-    http.expect("nothing is read that could be wrong")
+        .dns_resolver(Arc::new(Resolver(vip_ranges.to_vec())));
+    let http = match tls {
+        None => http.tls_certs_only([]),
+        Some(tls) => tls.apply(http)?,
+    };
+    http.build().map_err(reason)
 }
 
 /// The body of an answer, of at most `limit` bytes.
@@ -204,11 +210,11 @@ pub enum Body {
 /// to set up.
 pub fn url(text: &str, vip_ranges: &[IpNet]) -> Result<reqwest::Url, String> {
     let url = reqwest::Url::parse(text).map_err(|error| format!("{text:?}: {error}"))?;
-    if url.scheme() != "http" || url.host_str().is_none_or(str::is_empty) {
-        return Err(format!("{text:?} is not http://HOST:PORT"));
+    if !["http", "https"].contains(&url.scheme()) || url.host_str().is_none_or(str::is_empty) {
+        return Err(format!("{text:?} is not http://HOST:PORT or https://HOST:PORT"));
     }
     if url.path() != "/" || url.query().is_some() || url.fragment().is_some() || !url.username().is_empty() {
-        return Err(format!("{text:?} has more than http://HOST:PORT"));
+        return Err(format!("{text:?} has more than {}://HOST:PORT", url.scheme()));
     }
     let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
     if let Some(address) = host.parse().ok().filter(|address| is_vip(vip_ranges, *address)) {
@@ -258,15 +264,14 @@ mod tests {
     #[test]
     fn urls_name_a_host_that_is_no_vip_and_nothing_else() {
         let ranges = rules::for_tests().vip_ranges;
-        for good in ["http://10.0.0.1:2379", "http://etcd.example:2379/", "http://[fd00::1]:2379"] {
+        for good in ["http://10.0.0.1:2379", "https://etcd.example:2379/", "http://[fd00::1]:2379"] {
             url(good, &ranges).unwrap_or_else(|why| panic!("{good}: {why}"));
         }
         for (bad, why) in [
             ("10.0.0.1:2379", "10.0.0.1:2379"),
-            ("https://10.0.0.1:2379", "is not http://"),
             ("ftp://x", "is not http://"),
             ("http://", "empty host"),
-            ("http://x/v3", "has more than"),
+            ("https://x/v3", "has more than https://"),
             ("http://user@x", "has more than"),
             ("http://127.128.0.1:2379", "VIP range"),
             ("http://[::ffff:127.128.0.1]:2379", "VIP range"),

@@ -1,11 +1,12 @@
 //! The Consul registry. Consul itself is not to be had here: `clients/consul.py` imitates what is used of its API.
 
 use std::{
+    fs,
     net::TcpStream,
     process::{Child, Command, Stdio},
 };
 
-use mesh_tests::{Mesh, figure, free_address, server::Server, text, wait_until};
+use mesh_tests::{Mesh, certificates::Certificates, figure, free_address, server::Server, text, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
@@ -16,25 +17,41 @@ const TOKEN: &str = "b1gs33cr3t";
 
 struct Consul {
     address: String,
+    certificates: Option<Certificates>,
     server: Child,
 }
 
 impl Consul {
     fn start() -> Self {
+        Self::launch(None)
+    }
+
+    fn launch(certificates: Option<Certificates>) -> Self {
         let address = free_address();
         let (host, port) = address.split_once(':').unwrap();
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/consul.py");
         let mut server = Command::new("python3");
-        let server = server.args([script, host, port, TOKEN]).stdin(Stdio::null()).spawn().unwrap();
-        let consul = Self { address, server };
+        server.args([script, host, port, TOKEN]);
+        if let Some(Certificates { cert, key, .. }) = &certificates {
+            server.arg(cert).arg(key);
+        }
+        let server = server.stdin(Stdio::null()).spawn().unwrap();
+        let consul = Self { address, certificates, server };
         wait_until("it listens", || TcpStream::connect(&consul.address).is_ok());
         consul
     }
 
+    fn url(&self) -> String {
+        format!("{}://{}", if self.certificates.is_some() { "https" } else { "http" }, self.address)
+    }
+
     fn put(&self, path: &str, body: &Value) {
-        let url = format!("http://{}{path}", self.address);
-        let curl = Command::new("curl").args(["-sf", "-X", "PUT", "-d", &body.to_string(), &url]).output();
-        let output = curl.unwrap();
+        let mut curl = Command::new("curl");
+        curl.args(["-sf", "-X", "PUT", "-d", &body.to_string(), &format!("{}{path}", self.url())]);
+        if let Some(Certificates { ca, .. }) = &self.certificates {
+            curl.arg("--cacert").arg(ca);
+        }
+        let output = curl.output().unwrap();
         assert!(output.status.success(), "{path}: {}", text(&output));
     }
 
@@ -59,8 +76,8 @@ impl Consul {
     fn mesh(&self, token: &str) -> Mesh {
         let mut mesh = Mesh::prepare("service = []");
         mesh.configure(&format!(
-            "[[registry]]\ntype = \"consul\"\naddress = \"http://{}\"\ntoken = {token:?}\ntag = \"live\"\n",
-            self.address
+            "[[registry]]\ntype = \"consul\"\naddress = {:?}\ntoken = {token:?}\ntag = \"live\"\n",
+            self.url()
         ));
         mesh.launch();
         mesh
@@ -133,4 +150,27 @@ fn a_wrong_token_is_said_so_and_not_shown() {
     let list = || text(&mesh.mesh(&["registry", "list"]).output().unwrap());
     wait_until("it says so", || list().contains("403 Forbidden: \\\"Permission denied\\\""));
     assert!(!list().contains("wr0ng") && !mesh.log().contains("wr0ng"));
+}
+
+#[test]
+fn consul_is_asked_over_tls_with_a_token_from_a_file() {
+    let one = Server::start("one");
+    let consul = Consul::launch(Some(Certificates::make()));
+    consul.register("one", "127.0.0.1", one.port(), "passing");
+    let mut mesh = Mesh::prepare("service = []");
+    let token = mesh.services.with_file_name("token");
+    fs::write(&token, TOKEN).unwrap();
+    let settings =
+        format!("[[registry]]\ntype = \"consul\"\naddress = {:?}\ntoken_file = {token:?}\n", consul.url());
+    // Whom this machine believes did not make its certificate.
+    mesh.configure(&settings);
+    mesh.launch();
+    let list = || text(&mesh.mesh(&["registry", "list"]).output().unwrap());
+    wait_until("it says so", || list().contains("invalid peer certificate: UnknownIssuer"));
+    mesh.kill();
+    let ca = &consul.certificates.as_ref().unwrap().ca;
+    mesh.configure(&format!("{settings}tls = {{ ca_file = {ca:?} }}\n"));
+    mesh.launch();
+    mesh.ready();
+    wait_until("the instance", || dial(&mesh) == "one");
 }

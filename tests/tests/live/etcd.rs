@@ -1,8 +1,10 @@
 //! The etcd registry, against a real etcd.
 
 use std::{
+    fs,
     io::{Read, Write},
     net::{Shutdown, TcpListener, TcpStream},
+    path::Path,
     process::{Command, Stdio},
     sync::{
         Arc,
@@ -12,7 +14,9 @@ use std::{
     time::Instant,
 };
 
-use mesh_tests::{Mesh, etcd::Etcd, figure, free_address, server::Server, text, wait_until};
+use mesh_tests::{
+    Mesh, certificates::Certificates, etcd::Etcd, figure, free_address, server::Server, text, wait_until,
+};
 use serde_json::Value;
 
 use crate::traffic::Traffic;
@@ -62,6 +66,52 @@ fn registry(mesh: &Mesh) -> Value {
 
 fn wait_for_state(mesh: &Mesh, state: &str) {
     wait_until(&format!("etcd is {state}"), || registry(mesh)["state"] == state);
+}
+
+/// Both sides show certificates, and users are asked for passwords; etcd forgets who has shown one when it is
+/// restarted.
+#[test]
+fn etcd_is_asked_over_tls_and_with_a_password() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let (certificates, others) = (Certificates::make(), Certificates::make());
+    let [ca, cert, private] = [&certificates.ca, &certificates.cert, &certificates.key].map(Clone::clone);
+    let mut etcd = Etcd::start_with(certificates);
+    etcd.require_password(("mesh", "secret"), "/mesh/");
+    etcd.put(SERVICE, &format!(r#"{{"port": 80, "vip": "{VIP}", "policy": "random"}}"#));
+    etcd.put(&key("one"), &at(&one));
+    let mut mesh = Mesh::prepare("service = []");
+    let password = mesh.services.with_file_name("password");
+    let configure = |mesh: &mut Mesh, ca: &Path| {
+        mesh.configure(&format!(
+            "[[registry]]\ntype = \"etcd\"\nendpoints = [{:?}]\nusername = \"mesh\"\npassword_file = {password:?}\n\
+             tls = {{ ca_file = {ca:?}, cert_file = {cert:?}, key_file = {private:?} }}\n",
+            etcd.url(),
+        ));
+    };
+    let fails = |mesh: &Mesh, why: &str| {
+        wait_until(why, || text(&mesh.mesh(&["registry", "list"]).output().unwrap()).contains(why));
+    };
+    fs::write(&password, "wrong\n").unwrap();
+    configure(&mut mesh, &others.ca);
+    mesh.launch();
+    fails(&mesh, "invalid peer certificate: ");
+    mesh.kill();
+    configure(&mut mesh, &ca);
+    mesh.launch();
+    fails(&mesh, "invalid user ID or password");
+    // Read again at the next attempt.
+    fs::write(&password, "secret\n").unwrap();
+    mesh.ready();
+    wait_until("the instance", || dial(&mesh) == "one");
+
+    etcd.kill();
+    etcd.restart();
+    etcd.delete(&key("one"));
+    etcd.put(&key("two"), &at(&two));
+    wait_until("the other instance", || dial(&mesh) == "two");
+    assert!(
+        !mesh.mesh(&["registry", "list"]).output().unwrap().stdout.windows(6).any(|word| word == b"secret")
+    );
 }
 
 #[test]
@@ -244,7 +294,7 @@ fn a_daemon_that_starts_while_etcd_is_away_serves_what_it_said_last() {
     assert_eq!(dial(&mesh), "one");
     let kept = mesh.dir.path().join("state/registries");
     wait_until("it is on disk", || {
-        let mut files = std::fs::read_dir(&kept).into_iter().flatten().flatten();
+        let mut files = fs::read_dir(&kept).into_iter().flatten().flatten();
         files.any(|file| file.file_name().to_string_lossy().starts_with("etcd-"))
     });
     etcd.kill();

@@ -1,22 +1,12 @@
 //! What comes from etcd: its messages, and what others have put into its keys.
 
-use std::sync::LazyLock;
-
 use super::*;
 use crate::registry::{fuzz, rules::for_tests};
 
 /// The first line is a page of the list, the others are messages of the watch.
 pub(crate) fn messages(bytes: &[u8]) {
-    static HTTP: LazyLock<reqwest::Client> = LazyLock::new(|| remote::http(&[]));
-    let mut client = Client {
-        http: HTTP.clone(),
-        endpoints: Vec::new(),
-        endpoint: 0,
-        prefix: prefix(),
-        mirror: Mirror::new(&prefix(), for_tests()),
-        watch: None,
-        alive: JoinSet::new(),
-    };
+    let settings = serde_json::from_value(json!({ "endpoints": [] })).expect("it is whole");
+    let mut client = Client::new(settings, for_tests());
     let mut lines = bytes.split(|byte| *byte == b'\n');
     let mut errors = Vec::new();
     match parse::<Page>(lines.next().unwrap_or_default()) {

@@ -3,8 +3,12 @@ use proptest::prelude::*;
 use super::*;
 use crate::registry::{remote::Client as _, rules};
 
+fn settings(text: &Value) -> Settings {
+    serde_json::from_value(text.clone()).unwrap()
+}
+
 fn client() -> Client {
-    let settings = Settings { endpoints: vec!["http://127.0.0.1:1".into()], prefix: prefix() };
+    let settings = settings(&json!({ "endpoints": ["http://127.0.0.1:1"] }));
     settings.check(&rules::for_tests()).unwrap();
     Client::new(settings, rules::for_tests())
 }
@@ -43,15 +47,45 @@ fn messages_of_a_watch_are_followed() {
 
 #[test]
 fn every_endpoint_is_tried_and_named() {
-    let settings = Settings {
-        endpoints: vec!["http://127.0.0.1:1".into(), "http://127.0.0.1:2".into()],
-        prefix: prefix(),
-    };
+    let settings = settings(&json!({ "endpoints": ["http://127.0.0.1:1", "http://127.0.0.1:2"] }));
     let mut client = Client::new(settings, rules::for_tests());
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let error = runtime.block_on(client.connect()).unwrap_err();
     for endpoint in ["etcd http://127.0.0.1:1: ", "etcd http://127.0.0.1:2: "] {
         assert!(error.contains(endpoint) && error.contains("refused"), "{error}");
+    }
+}
+
+#[test]
+fn what_secures_a_connection_is_checked_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &str| {
+        std::fs::write(folder.path().join(name), text).unwrap();
+        folder.path().join(name)
+    };
+    let (none, empty, lines) = (folder.path().join("none"), file("empty", ""), file("lines", "a\nb\n"));
+    let (https, http) = (json!(["https://127.0.0.1:1"]), json!(["http://127.0.0.1:1"]));
+    for (text, why) in [
+        (
+            json!({ "endpoints": http, "tls": { "ca_file": none } }),
+            "tls is given, but no endpoint is https://",
+        ),
+        (json!({ "endpoints": https, "tls": { "ca_file": none } }), "none: No such file"),
+        (json!({ "endpoints": https, "tls": { "ca_file": lines } }), "lines: no certificate"),
+        (json!({ "endpoints": https, "tls": { "key_file": none } }), "cert_file and key_file go together"),
+        (json!({ "endpoints": https, "tls": { "cert_file": lines, "key_file": lines } }), "cert_file "),
+        (json!({ "endpoints": http, "username": "mesh" }), "username and password_file go together"),
+        (
+            json!({ "endpoints": http, "username": "mesh", "password_file": empty }),
+            "empty: this is not one line",
+        ),
+        (
+            json!({ "endpoints": http, "username": "mesh", "password_file": lines }),
+            "lines: this is not one line",
+        ),
+    ] {
+        let refused = settings(&text).check(&rules::for_tests()).unwrap_err();
+        assert!(refused.contains(why), "{text}: {refused}");
     }
 }
 
