@@ -231,7 +231,7 @@ impl Client {
     /// Whether a message changed anything.
     fn take(&mut self, message: Message) -> Result<bool, String> {
         if let Some(error) = message.error {
-            return Err(format!("the watch has failed: {error}"));
+            return Err(format!("the watch has failed: {}", rules::shown(&error)));
         }
         let told = message.result;
         if told.canceled {

@@ -11,7 +11,7 @@ use std::{
         atomic::{AtomicBool, Ordering::Relaxed},
     },
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use mesh_tests::{
@@ -174,7 +174,7 @@ fn a_kill_and_a_restart_of_etcd_fail_no_connect() {
         let error = registry(&mesh)["error"].to_string();
         assert!(error.contains(&etcd.address), "{error}");
         // Long enough for the longest pause between attempts.
-        thread::sleep(std::time::Duration::from_secs(2));
+        thread::sleep(Duration::from_secs(2));
         etcd.restart();
         let back = Instant::now();
         wait_for_state(&mesh, "synced");
@@ -314,51 +314,88 @@ fn a_daemon_that_starts_while_etcd_is_away_serves_what_it_said_last() {
     assert_eq!(registry(&mesh)["state"], "synced");
 }
 
-/// What stands between the daemon and etcd: it holds watches back until told to let them through.
+/// What stands between the daemon and etcd.
+#[derive(Clone, Default)]
 struct Between {
     address: String,
+    /// Holds watches back until told to let them through.
     hold: Arc<AtomicBool>,
     held: Arc<AtomicBool>,
+    /// Lets through a byte a second of what etcd says.
+    slow: Arc<AtomicBool>,
 }
 
 impl Between {
     fn start(etcd: &Etcd) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let between = Self {
-            address: listener.local_addr().unwrap().to_string(),
-            hold: Arc::new(AtomicBool::new(true)),
-            held: Arc::default(),
-        };
-        let (to, hold, held) = (etcd.address.clone(), between.hold.clone(), between.held.clone());
+        let address = listener.local_addr().unwrap().to_string();
+        let between = Self { address, ..Self::default() };
+        let (to, between_them) = (etcd.address.clone(), between.clone());
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 let Ok(server) = TcpStream::connect(&to) else { continue };
-                let (hold, held) = (hold.clone(), held.clone());
-                let back = (server.try_clone().unwrap(), client.try_clone().unwrap());
-                thread::spawn(move || pass(back.0, back.1, |_| {}));
-                thread::spawn(move || {
-                    pass(client, server, |said| {
-                        while hold.load(Relaxed) && said.starts_with(b"POST /v3/watch") {
-                            held.store(true, Relaxed);
-                            thread::yield_now();
-                        }
-                    });
-                });
+                let (back, forth) = (between_them.clone(), between_them.clone());
+                let (from, to) = (server.try_clone().unwrap(), client.try_clone().unwrap());
+                thread::spawn(move || pass(from, to, |said| back.answer(said)));
+                thread::spawn(move || pass(client, server, |said| forth.ask(said)));
             }
         });
         between
     }
+
+    /// How many bytes to let through now.
+    fn ask(&self, said: &[u8]) -> usize {
+        while self.hold.load(Relaxed) && said.starts_with(b"POST /v3/watch") {
+            self.held.store(true, Relaxed);
+            thread::yield_now();
+        }
+        said.len()
+    }
+
+    fn answer(&self, said: &[u8]) -> usize {
+        if !self.slow.load(Relaxed) {
+            return said.len();
+        }
+        thread::sleep(Duration::from_secs(1));
+        1
+    }
 }
 
-fn pass(mut from: TcpStream, mut to: TcpStream, before: impl Fn(&[u8])) {
+fn pass(mut from: TcpStream, mut to: TcpStream, lets_through: impl Fn(&[u8]) -> usize) {
     let mut buffer = [0; 1 << 16];
     while let Ok(size @ 1..) = from.read(&mut buffer) {
-        before(&buffer[..size]);
-        if to.write_all(&buffer[..size]).is_err() {
-            break;
+        let mut rest = &buffer[..size];
+        while !rest.is_empty() {
+            let now;
+            (now, rest) = rest.split_at(lets_through(rest));
+            if to.write_all(now).is_err() {
+                return;
+            }
         }
     }
     let _ = to.shutdown(Shutdown::Both);
+}
+
+#[test]
+fn an_etcd_that_says_a_byte_a_second_is_noticed_and_fails_no_connect() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let etcd = etcd(&[("one", &one)]);
+    let between = Between::start(&etcd);
+    let mut mesh = prepare(&[&format!("http://{}", between.address)]);
+    mesh.launch();
+    mesh.ready();
+    let traffic = Traffic::start(&mesh, VIP);
+    between.slow.store(true, Relaxed);
+    let slow = Instant::now();
+    wait_for_state(&mesh, "stale");
+    figure(&format!("etcd at a byte a second: noticed after {} ms", slow.elapsed().as_millis()));
+    etcd.put(&key("two"), &at(&two));
+    between.slow.store(false, Relaxed);
+    let back = Instant::now();
+    wait_for_state(&mesh, "synced");
+    mesh.wait_for_backends(&format!("{VIP}:80"), 2);
+    figure(&format!("and followed again after {} ms", back.elapsed().as_millis()));
+    assert!(traffic.end(&["one", "two"]) > 0);
 }
 
 #[test]
@@ -366,6 +403,7 @@ fn history_that_is_compacted_before_it_is_watched_is_read_again() {
     let (one, two) = (Server::start("one"), Server::start("two"));
     let etcd = etcd(&[("one", &one)]);
     let between = Between::start(&etcd);
+    between.hold.store(true, Relaxed);
     let mut mesh = prepare(&[&format!("http://{}", between.address)]);
     mesh.launch();
     wait_until("everything is listed", || between.held.load(Relaxed));

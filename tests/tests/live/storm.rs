@@ -90,7 +90,7 @@ fn change(file: &Path, texts: &[String], stop: &AtomicBool, changes: &AtomicU64)
 
 #[test]
 fn nothing_that_happens_to_the_daemon_fails_a_connect_or_a_connection() {
-    let blows = if is_long() { 300 } else { 16 };
+    let blows = if is_long() { 400 } else { 16 };
     let servers = ["one", "two", "three", "four"].map(Server::start);
     let mut mesh = Mesh::prepare("");
     // In memory: a disk would not take so many changes.
