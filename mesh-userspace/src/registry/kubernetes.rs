@@ -278,6 +278,8 @@ fn api(config: &Config, rules: &Rules) -> Result<Api, String> {
     connector.set_tcp_user_timeout(Some(remote::ANSWER));
     let connector = config.rustls_https_connector_with_connector(connector);
     let http = Http::builder(TokioExecutor::new()).build(connector.map_err(|error| error.to_string())?);
+    // As the layer that adds credentials has it.
+    let http = tower::util::MapErr::new(http, tower::BoxError::from);
     let builder = ClientBuilder::new(http, &config.default_namespace).with_layer(&config.base_uri_layer());
     Ok(match config.auth_layer().map_err(|error| error.to_string())? {
         Some(layer) => builder.with_layer(&layer).build(),

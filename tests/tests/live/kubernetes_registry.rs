@@ -298,13 +298,17 @@ fn hints_follow_the_zone_of_the_node_and_namespaces_are_chosen() {
     for object in [echo(), elsewhere, hinted("one", &one, "z1"), hinted("two", &two, "z2")] {
         kubernetes.put(&object);
     }
-    let mut mesh = prepare(&kubernetes.kubeconfig(TOKEN), "namespaces = [\"default\"]\ndomain = \"k8s.test\"\n");
+    let mut mesh =
+        prepare(&kubernetes.kubeconfig(TOKEN), "namespaces = [\"default\"]\ndomain = \"k8s.test\"\n");
     mesh.launch();
     mesh.ready();
     mesh.wait_for_backends(&format!("{VIP}:80"), 1);
     assert_eq!(dial(&mesh), "one");
     let services = mesh.json(&["service", "list"]);
-    assert_eq!((services.as_array().unwrap().len(), &services[0]["namespace"]), (1, &"default.k8s.test".into()));
+    assert_eq!(
+        (services.as_array().unwrap().len(), &services[0]["namespace"]),
+        (1, &"default.k8s.test".into())
+    );
     // Nobody is meant for here: all are.
     kubernetes.put(&hinted("one", &one, "z2"));
     mesh.wait_for_backends(&format!("{VIP}:80"), 2);

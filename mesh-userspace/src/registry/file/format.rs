@@ -380,7 +380,8 @@ pub(in crate::registry) fn parse(
     for record in records {
         let line = record.line;
         checked.add(record, rules).map_err(|(line, message)| FileError::at(path, Some(line), &message))?;
-        let no_weight = |one: &&Service| !one.instances.is_empty() && one.instances.iter().all(|i| i.weight == 0);
+        let no_weight =
+            |one: &&Service| !one.instances.is_empty() && one.instances.iter().all(|i| i.weight == 0);
         if let Some(service) = checked.services.last().filter(no_weight) {
             let message = format!("service {}: every instance has weight 0", service.id);
             return Err(FileError::at(path, Some(line), &message));

@@ -77,6 +77,19 @@ fn what_was_delivered_is_there_after_a_restart_but_is_not_everything_there_is() 
 }
 
 #[test]
+fn a_service_whose_instances_all_have_no_weight_is_kept_too() {
+    let dir = TempDir::new().unwrap();
+    let mut state = delivered(SERVICES);
+    let mut services = state.snapshot.take().unwrap().services.clone();
+    for service in services.iter_mut().map(|(_, service)| Arc::make_mut(service)) {
+        service.instances.iter_mut().for_each(|one| one.weight = 0);
+    }
+    state.update(Some(Snapshot::complete(services.clone()).into()), None);
+    keeper(&dir).write(&[state]);
+    assert_eq!(restored(&dir).snapshot.unwrap().kept, services);
+}
+
+#[test]
 fn only_what_has_changed_is_written_and_the_last_answer_is_remembered() {
     let dir = TempDir::new().unwrap();
     let mut keeper = keeper(&dir);

@@ -9,7 +9,7 @@ use std::{
 
 use k8s_openapi::api::{
     core::v1::{Service as Object, ServiceSpec},
-    discovery::v1::{EndpointSlice, Endpoint as Listed},
+    discovery::v1::{Endpoint as Listed, EndpointSlice},
 };
 use serde_json::{Map, Value};
 
@@ -259,7 +259,6 @@ impl Mirror {
     }
 }
 
-
 fn name(object: &Value) -> Result<Name, String> {
     let part = |key| object["metadata"][key].as_str().unwrap_or_default();
     let (namespace, name) = (part("namespace"), part("name"));
@@ -296,8 +295,7 @@ fn front(
     domain: &str,
     rules: &Rules,
 ) -> Result<Option<Front>, String> {
-    let Object { metadata, spec, .. } =
-        serde_json::from_value(object).map_err(|error| error.to_string())?;
+    let Object { metadata, spec, .. } = serde_json::from_value(object).map_err(|error| error.to_string())?;
     let (spec, labels) = (spec.unwrap_or_default(), metadata.labels.unwrap_or_default());
     if spec.type_.as_deref() == Some("ExternalName")
         || labels.get(EXCLUDE).is_some_and(|value| value == "true")

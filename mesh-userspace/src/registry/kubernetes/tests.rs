@@ -253,7 +253,8 @@ fn hints_are_followed_where_all_have_them_and_some_are_for_here() {
     ends["conditions"] = state(false, true, true)["conditions"].clone();
     assert_eq!(chosen(&[&ends]), ["10.0.0.2"]);
     // Nodes come before zones.
-    let hint = |node, zone| json!({ "hints": { "forNodes": [{ "name": node }], "forZones": [{ "name": zone }] } });
+    let hint =
+        |node, zone| json!({ "hints": { "forNodes": [{ "name": node }], "forZones": [{ "name": zone }] } });
     let here = endpoint("10.0.0.5", hint("n1", "z1"));
     let near = endpoint("10.0.0.6", hint("n2", "z1"));
     assert_eq!(chosen(&[&here, &near]), ["10.0.0.5"]);
@@ -484,7 +485,8 @@ fn kubeconfig(server: &str, user: &Value) -> (tempfile::TempDir, PathBuf) {
 
 #[tokio::test]
 async fn a_server_behind_a_vip_and_users_that_are_programs_are_refused() {
-    let exec = json!({ "exec": { "apiVersion": "client.authentication.k8s.io/v1", "command": "/bin/false" } });
+    let exec =
+        json!({ "exec": { "apiVersion": "client.authentication.k8s.io/v1", "command": "/bin/false" } });
     for (server, user, why) in [
         ("https://127.128.0.1", json!({}), "127.128.0.1 lies in a VIP range"),
         ("https://[fd00:6d65:7368::1]:6443", json!({}), "lies in a VIP range"),
