@@ -80,10 +80,11 @@ fn what_was_delivered_is_there_after_a_restart_but_is_not_everything_there_is() 
 fn a_service_whose_instances_all_have_no_weight_is_kept_too() {
     let dir = TempDir::new().unwrap();
     let mut state = delivered(SERVICES);
-    let mut services = state.snapshot.take().unwrap().services.clone();
-    for service in services.iter_mut().map(|(_, service)| Arc::make_mut(service)) {
-        service.instances.iter_mut().for_each(|one| one.weight = 0);
-    }
+    let services = state.snapshot.take().unwrap().services.clone();
+    let services = by_id(services.into_iter().map(|(_, mut service)| {
+        Arc::make_mut(&mut service).instances.iter_mut().for_each(|one| one.weight = 0);
+        service
+    }));
     state.update(Some(Snapshot::complete(services.clone()).into()), None);
     keeper(&dir).write(&[state]);
     assert_eq!(restored(&dir).snapshot.unwrap().kept, services);

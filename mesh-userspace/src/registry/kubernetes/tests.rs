@@ -279,9 +279,9 @@ fn an_endpoint_in_two_slices_is_one_and_slices_come_go_and_move() {
     let ends = endpoint("10.0.0.1", state(false, true, true));
     let mut mirror = echo(json!({}), &[ends, endpoint("10.0.0.2", json!({}))]);
     mirror.put(Kind::Slice, slice("echo-2", &[endpoint("10.0.0.1", json!({}))]));
-    let service = only(&mut mirror);
-    assert_eq!(shares(&service)[0], ("10.0.0.1".into(), 100, Health::Healthy));
-    assert_eq!(service.instances.len(), 2);
+    let both = only(&mut mirror);
+    assert_eq!(shares(&both)[0], ("10.0.0.1".into(), 100, Health::Healthy));
+    assert_eq!(both.instances.len(), 2);
     mirror.delete(Kind::Slice, &slice("echo-1", &[]));
     mirror.delete(Kind::Slice, &slice("echo-1", &[]));
     assert_eq!(only(&mut mirror).instances.len(), 1);
