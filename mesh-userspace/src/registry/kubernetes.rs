@@ -55,6 +55,7 @@ const SHORTEST: Duration = Duration::from_secs(1);
 const WAITING: usize = 64;
 
 const LATE: &str = "no answer in time";
+const GONE: &str = "history is gone: everything is read again";
 
 /// The keys in the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -160,7 +161,9 @@ impl Client {
     async fn open(&mut self) -> Result<(), String> {
         (self.tasks, self.told) = (JoinSet::new(), None);
         let config = config(self.settings.kubeconfig.as_ref()).await?;
-        self.server = config.cluster_url.to_string().trim_end_matches('/').to_owned();
+        // Without what else may be in its URL.
+        let host = config.cluster_url.host().unwrap_or_default();
+        self.server = config.cluster_url.port().map_or(host.into(), |port| format!("{host}:{port}"));
         let api = api(&config, &self.rules)?;
         let node = self.settings.node();
         let zone = match &self.zone {
@@ -176,7 +179,8 @@ impl Client {
         self.mirror.listed();
         let (tell, told) = mpsc::channel(WAITING);
         for (scope, version) in listed {
-            self.tasks.spawn(watch(api.clone(), scope, version, tell.clone()));
+            let answer = begin(&api, &scope, &version).await?;
+            self.tasks.spawn(watch(api.clone(), scope, version, answer, tell.clone()));
         }
         self.tasks.spawn(alive(api, tell));
         self.told = Some(told);
@@ -302,50 +306,61 @@ async fn zone_of(api: &Api, node: &str) -> Result<Option<String>, String> {
     }
 }
 
-/// Tells what changes after a version, until that fails.
-async fn watch(api: Api, scope: Scope, mut version: String, tell: mpsc::Sender<Told>) {
+/// A watch of what changes after a version.
+async fn begin(api: &Api, scope: &Scope, version: &str) -> Result<Body, String> {
+    let seconds = u32::try_from(jitter(WATCH).as_secs()).unwrap_or_default();
+    let params = WatchParams { timeout: Some(seconds), ..WatchParams::default() };
+    let request = Request::new(&scope.path).watch(&params, version).map_err(|error| error.to_string())?;
+    match timeout(remote::ANSWER, send(api, request)).await.map_err(|_| LATE)? {
+        Ok(answer) => Ok(answer),
+        Err(Failed::Status(410, _)) => Err(GONE.into()),
+        Err(failed) => Err(failed.into()),
+    }
+}
+
+/// Tells what changes, until that fails.
+async fn watch(api: Api, scope: Scope, mut version: String, mut answer: Body, tell: mpsc::Sender<Told>) {
     let why = loop {
         let began = Instant::now();
-        match follow(&api, &scope, &mut version, &tell).await {
-            Ok(()) if began.elapsed() < SHORTEST => break "the watch has ended at once".into(),
-            Ok(()) => {}
-            Err(why) => break why,
+        if let Err(why) = follow(answer, scope.kind, &mut version, &tell).await {
+            break why;
         }
+        if began.elapsed() < SHORTEST {
+            break "the watch has ended at once".into();
+        }
+        answer = match begin(&api, &scope, &version).await {
+            Ok(answer) => answer,
+            Err(why) => break why,
+        };
     };
     let _ = tell.send(Err(why)).await;
 }
 
-/// One watch.
+/// One watch, until it ends.
 async fn follow(
-    api: &Api,
-    scope: &Scope,
+    mut answer: Body,
+    kind: Kind,
     version: &mut String,
     tell: &mpsc::Sender<Told>,
 ) -> Result<(), String> {
-    let seconds = u32::try_from(jitter(WATCH).as_secs()).unwrap_or_default();
-    let params = WatchParams { timeout: Some(seconds), ..WatchParams::default() };
-    let request = Request::new(&scope.path).watch(&params, version).map_err(|error| error.to_string())?;
-    let mut answer = timeout(remote::ANSWER, send(api, request)).await.map_err(|_| LATE)??;
     let mut lines = Lines::default();
     while let Some(frame) = answer.frame().await {
         let Ok(bytes) = frame.map_err(|error| reason(&error))?.into_data() else { continue };
         let lines = lines.push(&bytes, MAX).ok_or_else(|| format!("an event has more than {MAX} bytes"))?;
         let mut changes = Vec::new();
         for line in lines {
-            let Event { kind, object } = parse(&line)?;
-            let gone = match &*kind {
+            let Event { what, object } = parse(&line)?;
+            let gone = match &*what {
                 "ADDED" | "MODIFIED" => Some(false),
                 "DELETED" => Some(true),
                 "BOOKMARK" => None,
-                "ERROR" if object["code"] == 410 => {
-                    return Err("history is gone: everything is read again".into());
-                }
+                "ERROR" if object["code"] == 410 => return Err(GONE.into()),
                 _ => return Err(format!("the watch has failed: {}", shown(&object["message"]))),
             };
             if let Some(new) = object["metadata"]["resourceVersion"].as_str() {
                 new.clone_into(version);
             }
-            changes.extend(gone.map(|gone| Change { kind: scope.kind, gone, object }));
+            changes.extend(gone.map(|gone| Change { kind, gone, object }));
         }
         if !changes.is_empty() && tell.send(Ok(changes)).await.is_err() {
             break;
@@ -444,7 +459,7 @@ struct PageMeta {
 #[derive(Deserialize)]
 struct Event {
     #[serde(rename = "type")]
-    kind: String,
+    what: String,
     object: Value,
 }
 

@@ -324,7 +324,7 @@ fn a_kill_and_a_return_with_another_history_fail_no_connect() {
         kubernetes.kill();
         wait_for_state(&mesh, "stale");
         let error = registry(&mesh)["error"].to_string();
-        assert!(error.starts_with(&format!("\"kubernetes https://{}: ", kubernetes.address)), "{error}");
+        assert!(error.starts_with(&format!("\"kubernetes {}: ", kubernetes.address)), "{error}");
         // Long enough for the longest pause between attempts.
         std::thread::sleep(Duration::from_secs(2));
         kubernetes.restart();
