@@ -54,13 +54,14 @@ impl Kubernetes {
         kubernetes
     }
 
-    /// A config of its only user.
+    /// A config of its only user, whose token is in a file.
     fn kubeconfig(&self, token: &str) -> String {
         let cluster = json!({
             "server": format!("https://{}", self.address), "certificate-authority": "cert.pem",
         });
-        let path = self.dir.path().join(format!("kubeconfig-{token}"));
-        fs::write(&path, kubeconfig(&cluster, &json!({ "token": token })).to_string()).unwrap();
+        fs::write(self.dir.path().join("token"), token).unwrap();
+        let path = self.dir.path().join("kubeconfig");
+        fs::write(&path, kubeconfig(&cluster, &json!({ "tokenFile": "token" })).to_string()).unwrap();
         path.display().to_string()
     }
 
@@ -444,7 +445,11 @@ fn a_bad_record_and_a_wrong_token_are_named() {
     mesh.launch();
     let list = || text(&mesh.mesh(&["registry", "list"]).output().unwrap());
     wait_until("it says so", || list().contains("status 401: Unauthorized"));
-    assert!(!mesh.log().contains("wr0ng"), "{}", mesh.log());
+    assert!(!mesh.log().contains("wr0ng") && !list().contains("wr0ng"), "{}", mesh.log());
+    // One that has expired is replaced.
+    kubernetes.kubeconfig(TOKEN);
+    wait_until("the Pod", || dial(&mesh) == "one");
+    wait_for_state(&mesh, "synced");
 }
 
 #[test]
