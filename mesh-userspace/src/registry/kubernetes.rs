@@ -413,8 +413,8 @@ async fn send(api: &Api, request: hyper::Request<Vec<u8>>) -> Result<Body, Faile
         return Ok(answer.into_body());
     }
     let body = Limited::new(answer.into_body(), 1 << 16).collect().await;
-    let body = body.map(|body| body.to_bytes()).unwrap_or_default();
-    let told: Value = serde_json::from_slice(&body).unwrap_or_default();
+    let told = body.ok().and_then(|body| serde_json::from_slice::<Value>(&body.to_bytes()).ok());
+    let told = told.unwrap_or_default();
     Err(Failed::Status(status.as_u16(), shown(&told["message"])))
 }
 
@@ -427,8 +427,11 @@ async fn ask(api: &Api, request: hyper::Request<Vec<u8>>) -> Result<Vec<u8>, Fai
 
 /// Of what an error says, the innermost: the rest repeats the address.
 fn reason(error: &(dyn std::error::Error + 'static)) -> String {
-    let inner = std::iter::successors(Some(error), |error| error.source());
-    inner.last().unwrap_or(error).to_string()
+    let mut inner = error;
+    while let Some(source) = inner.source() {
+        inner = source;
+    }
+    inner.to_string()
 }
 
 /// Whatever somebody says, on one line.
