@@ -1,6 +1,9 @@
 //! What mesh costs, against direct connects.
 
-use std::fs;
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Value, json};
 
@@ -11,23 +14,36 @@ use crate::{
 
 mod arms;
 mod connect;
+mod failover;
+mod load;
 mod names;
+mod parts;
 mod policies;
 mod readme;
+mod rivals;
 mod scale;
 mod stats;
+mod usage;
+mod world;
 
 pub(crate) use connect::{ClientArgs, client};
+pub(crate) use parts::{Args as PartArgs, run as part};
+use world::Topology;
+
 pub(crate) use policies::{ClientArgs as LoadClientArgs, client as load_client};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// A fifth of the rounds.
+    /// Fewer rounds, and not every measure: under 3 minutes. By default it is under 20.
     #[arg(long, conflicts_with = "full")]
     quick: bool,
-    /// Five times the rounds.
+    /// More rounds, and all measures in every topology: hours.
     #[arg(long)]
     full: bool,
+    /// Keep slices in which others used the machine too, to try the benchmark out: the report goes to
+    /// target/mesh-bench.
+    #[arg(long)]
+    noisy: bool,
     /// One part alone; what the report says of the others stays in it.
     #[arg(long)]
     only: Option<Part>,
@@ -38,19 +54,24 @@ pub(crate) struct Args {
 #[derive(Clone, Copy, clap::ValueEnum, PartialEq, Eq)]
 enum Part {
     Connect,
+    /// The arms: mesh, sidecars, other proxies, NAT.
+    Load,
+    /// One backend of three goes, in every arm.
+    Failover,
     Policies,
     Names,
     Scale,
 }
 
 impl Part {
-    const ALL: [Self; 4] = [Self::Connect, Self::Policies, Self::Names, Self::Scale];
+    const ALL: [Self; 6] = [Self::Connect, Self::Load, Self::Failover, Self::Policies, Self::Names, Self::Scale];
 
     fn name(self) -> String {
         clap::ValueEnum::to_possible_value(&self).expect("every part has a name").get_name().to_owned()
     }
 
-    fn measure(self, batches: usize) -> anyhow::Result<Vec<Value>> {
+    fn measure(self, effort: &Effort) -> anyhow::Result<Vec<Value>> {
+        let batches = effort.batches;
         match self {
             Self::Connect => {
                 let mut bench = arms::Bench::start()?;
@@ -58,6 +79,8 @@ impl Part {
                 rows.extend(connect::hook_times(&mut bench, batches)?);
                 Ok(rows)
             }
+            Self::Load => load::measure(effort),
+            Self::Failover => failover::measure(effort),
             Self::Policies => policies::measure(batches),
             Self::Names => names::measure(batches),
             Self::Scale => scale::measure(),
@@ -69,6 +92,10 @@ impl Part {
         let measure = row["measure"].as_str().unwrap_or_default();
         let of = if scale::is_ours(row) {
             Self::Scale
+        } else if measure.starts_with(load::PREFIX) {
+            Self::Load
+        } else if measure.starts_with(failover::PREFIX) {
+            Self::Failover
         } else if names::is_ours(row) {
             Self::Names
         } else if measure.starts_with(policies::MEASURE) {
@@ -80,27 +107,71 @@ impl Part {
     }
 }
 
+/// How much is measured.
+struct Effort {
+    mode: Mode,
+    /// Of the parts that have batches.
+    batches: usize,
+    /// Of the arms' slices.
+    slice: Duration,
+    /// How often each failover is tried.
+    failovers: usize,
+    /// In percent of direct's maximum.
+    loads: &'static [u32],
+    noisy: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Quick,
+    Usual,
+    Full,
+}
+
+impl Effort {
+    fn new(args: &Args) -> Self {
+        let (mode, batches, failovers, loads): (_, _, _, &[u32]) = match args {
+            Args { quick: true, .. } => (Mode::Quick, 2, 1, &[50]),
+            Args { full: true, .. } => (Mode::Full, 50, 5, &[25, 50, 75]),
+            _ => (Mode::Usual, 10, 1, &[25, 50, 75]),
+        };
+        Self { mode, batches, failovers, slice: Duration::from_secs(1), loads, noisy: args.noisy }
+    }
+
+    fn quick(&self) -> bool {
+        self.mode == Mode::Quick
+    }
+
+    /// What the arms are compared in, and in how many rounds.
+    fn topologies(&self) -> Vec<(Topology, usize)> {
+        match self.mode {
+            Mode::Quick => vec![(Topology::Namespaces, 2)],
+            Mode::Usual => vec![(Topology::Namespaces, 6), (Topology::Loopback, 2)],
+            Mode::Full => vec![(Topology::Namespaces, 20), (Topology::Pinned, 10), (Topology::Loopback, 10)],
+        }
+    }
+}
+
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if !args.built {
         build::mesh()?;
         if args.only.is_none_or(|only| only == Part::Names) {
             setup::name_servers()?;
         }
+        if args.only.is_none_or(|only| matches!(only, Part::Load | Part::Failover)) {
+            setup::rivals()?;
+        }
     }
-    let mode = if args.quick { Some("--quick") } else { args.full.then_some("--full") };
     let only = args.only.map(|part| format!("--only={}", part.name()));
     let mut again = vec!["bench", "--built"];
     again.extend(only.as_deref());
-    if let Some(result) = again_as_root(&again, mode) {
+    let flags = [(args.quick, "--quick"), (args.full, "--full"), (args.noisy, "--noisy")];
+    again.extend(flags.into_iter().filter_map(|(given, flag)| given.then_some(flag)));
+    if let Some(result) = again_as_root(&again, None) {
         return result;
     }
-    let batches = if args.quick {
-        2
-    } else if args.full {
-        50
-    } else {
-        10
-    };
+    world::catch_interrupts()?;
+    let effort = Effort::new(args);
     let mut rows = match args.only {
         Some(_) => earlier()?,
         None => Vec::new(),
@@ -108,9 +179,12 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     for part in Part::ALL.into_iter().filter(|part| args.only.is_none_or(|only| only == *part)) {
         let at = rows.iter().position(|row| part.has(row)).unwrap_or(rows.len());
         rows.retain(|row| !part.has(row));
-        rows.splice(at..at, part.measure(batches)?);
+        let start = Instant::now();
+        rows.splice(at..at, part.measure(&effort)?);
+        eprintln!("bench: {} took {} s", part.name(), start.elapsed().as_secs());
+        world::check_interrupted()?;
     }
-    report(&rows, batches)
+    report(&rows, &effort)
 }
 
 /// The rows of the last report, if there is one.
@@ -124,26 +198,29 @@ fn earlier() -> anyhow::Result<Vec<Value>> {
     }
 }
 
-fn report(rows: &[Value], batches: usize) -> anyhow::Result<()> {
+fn report(rows: &[Value], effort: &Effort) -> anyhow::Result<()> {
     let meta = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "commit": commit(),
         "kernel": fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
         "cpus": std::thread::available_parallelism()?.get(),
         "load": fs::read_to_string("/proc/loadavg")?.trim(),
-        "slices_per_arm": batches * connect::ROUNDS,
+        "slices_per_arm": effort.batches * connect::ROUNDS,
         "calls_per_slice": connect::SLICE,
         "name_servers": names::versions(),
         "note": "direct sockets are outside the managed cgroup, but on the same kernel: the static key that any \
                  attached connect program turns on is in every arm",
     });
-    let dir = root().join("bench/report");
+    // What was measured beside others' work is not kept.
+    let dir = root().join(if effort.noisy { "target/mesh-bench/report" } else { "bench/report" });
     fs::create_dir_all(&dir)?;
     let markdown = markdown(rows);
     let report = json!({"meta": meta, "rows": rows});
     fs::write(dir.join("report.json"), serde_json::to_string_pretty(&report)? + "\n")?;
     fs::write(dir.join("report.md"), &markdown)?;
-    readme::update(&report)?;
+    if !effort.noisy {
+        readme::update(&report)?;
+    }
     println!("{markdown}\nwritten to {}", dir.display());
     Ok(())
 }
