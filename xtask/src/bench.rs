@@ -5,6 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::ensure;
 use serde_json::{Value, json};
 
 use crate::{
@@ -16,10 +17,13 @@ mod arms;
 mod connect;
 mod failover;
 mod load;
+mod memory;
 mod names;
 mod parts;
+mod plots;
 mod policies;
 mod readme;
+mod report;
 mod rivals;
 mod scale;
 mod stats;
@@ -58,13 +62,16 @@ enum Part {
     Load,
     /// One backend of three goes, in every arm.
     Failover,
+    /// Memory, idle CPU and start of tasks.
+    Memory,
     Policies,
     Names,
     Scale,
 }
 
 impl Part {
-    const ALL: [Self; 6] = [Self::Connect, Self::Load, Self::Failover, Self::Policies, Self::Names, Self::Scale];
+    const ALL: [Self; 7] =
+        [Self::Connect, Self::Load, Self::Failover, Self::Memory, Self::Policies, Self::Names, Self::Scale];
 
     fn name(self) -> String {
         clap::ValueEnum::to_possible_value(&self).expect("every part has a name").get_name().to_owned()
@@ -81,6 +88,7 @@ impl Part {
             }
             Self::Load => load::measure(effort),
             Self::Failover => failover::measure(effort),
+            Self::Memory => memory::measure(effort),
             Self::Policies => policies::measure(batches),
             Self::Names => names::measure(batches),
             Self::Scale => scale::measure(),
@@ -96,6 +104,8 @@ impl Part {
             Self::Load
         } else if measure.starts_with(failover::PREFIX) {
             Self::Failover
+        } else if measure.starts_with(memory::PREFIX) {
+            Self::Memory
         } else if names::is_ours(row) {
             Self::Names
         } else if measure.starts_with(policies::MEASURE) {
@@ -118,6 +128,10 @@ struct Effort {
     failovers: usize,
     /// In percent of direct's maximum.
     loads: &'static [u32],
+    /// How often a task is started.
+    starts: usize,
+    /// How long nothing is done.
+    idle: Duration,
     noisy: bool,
 }
 
@@ -128,14 +142,47 @@ enum Mode {
     Full,
 }
 
+impl Mode {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Quick => "quick",
+            Self::Usual => "usual",
+            Self::Full => "full",
+        }
+    }
+}
+
 impl Effort {
     fn new(args: &Args) -> Self {
-        let (mode, batches, failovers, loads): (_, _, _, &[u32]) = match args {
-            Args { quick: true, .. } => (Mode::Quick, 2, 1, &[50]),
-            Args { full: true, .. } => (Mode::Full, 50, 5, &[25, 50, 75]),
-            _ => (Mode::Usual, 10, 1, &[25, 50, 75]),
+        let mode = match args {
+            Args { quick: true, .. } => Mode::Quick,
+            Args { full: true, .. } => Mode::Full,
+            _ => Mode::Usual,
         };
-        Self { mode, batches, failovers, slice: Duration::from_secs(1), loads, noisy: args.noisy }
+        let (batches, failovers, starts, idle) = match mode {
+            Mode::Quick => (2, 1, 2, 1),
+            Mode::Usual => (10, 1, 5, 5),
+            Mode::Full => (50, 5, 15, 20),
+        };
+        Self {
+            mode,
+            batches,
+            failovers,
+            starts,
+            idle: Duration::from_secs(idle),
+            slice: Duration::from_secs(1),
+            loads: if mode == Mode::Quick { &[50] } else { &[25, 50, 75] },
+            noisy: args.noisy,
+        }
+    }
+
+    /// Envoys that are started for their memory.
+    fn most_envoys(&self, services: usize) -> usize {
+        match (self.mode, services > 100) {
+            (Mode::Full, _) | (Mode::Usual, false) => usize::MAX,
+            (Mode::Usual, true) | (Mode::Quick, false) => 10,
+            (Mode::Quick, true) => 1,
+        }
     }
 
     fn quick(&self) -> bool {
@@ -158,7 +205,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         if args.only.is_none_or(|only| only == Part::Names) {
             setup::name_servers()?;
         }
-        if args.only.is_none_or(|only| matches!(only, Part::Load | Part::Failover)) {
+        if args.only.is_none_or(|only| matches!(only, Part::Load | Part::Failover | Part::Memory)) {
             setup::rivals()?;
         }
     }
@@ -172,19 +219,30 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     world::catch_interrupts()?;
     let effort = Effort::new(args);
+    let load_before = load()?;
     let mut rows = match args.only {
         Some(_) => earlier()?,
         None => Vec::new(),
     };
+    let mut failed = Vec::new();
     for part in Part::ALL.into_iter().filter(|part| args.only.is_none_or(|only| only == *part)) {
         let at = rows.iter().position(|row| part.has(row)).unwrap_or(rows.len());
         rows.retain(|row| !part.has(row));
         let start = Instant::now();
-        rows.splice(at..at, part.measure(&effort)?);
+        match part.measure(&effort) {
+            Ok(measured) => drop(rows.splice(at..at, measured)),
+            Err(error) => {
+                world::check_interrupted()?;
+                eprintln!("bench: {} failed: {error:#}", part.name());
+                failed.push(part.name());
+            }
+        }
         eprintln!("bench: {} took {} s", part.name(), start.elapsed().as_secs());
         world::check_interrupted()?;
     }
-    report(&rows, &effort)
+    report(&rows, &effort, &load_before)?;
+    ensure!(failed.is_empty(), "not measured: {}", failed.join(", "));
+    Ok(())
 }
 
 /// The rows of the last report, if there is one.
@@ -198,24 +256,34 @@ fn earlier() -> anyhow::Result<Vec<Value>> {
     }
 }
 
-fn report(rows: &[Value], effort: &Effort) -> anyhow::Result<()> {
+fn load() -> anyhow::Result<String> {
+    let load = fs::read_to_string("/proc/loadavg")?;
+    Ok(load.split(' ').next().unwrap_or_default().to_owned())
+}
+
+fn report(rows: &[Value], effort: &Effort, load_before: &str) -> anyhow::Result<()> {
     let meta = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "commit": commit(),
+        "mode": effort.mode.name(),
         "kernel": fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
         "cpus": std::thread::available_parallelism()?.get(),
-        "load": fs::read_to_string("/proc/loadavg")?.trim(),
+        "load_before": load_before,
+        "load": load()?,
+        "noisy": effort.noisy,
         "slices_per_arm": effort.batches * connect::ROUNDS,
         "calls_per_slice": connect::SLICE,
         "name_servers": names::versions(),
+        "versions": rivals::versions(),
         "note": "direct sockets are outside the managed cgroup, but on the same kernel: the static key that any \
                  attached connect program turns on is in every arm",
     });
     // What was measured beside others' work is not kept.
     let dir = root().join(if effort.noisy { "target/mesh-bench/report" } else { "bench/report" });
     fs::create_dir_all(&dir)?;
-    let markdown = markdown(rows);
     let report = json!({"meta": meta, "rows": rows});
+    let pictures = plots::draw(rows, &dir)?;
+    let markdown = report::markdown(&report, &pictures);
     fs::write(dir.join("report.json"), serde_json::to_string_pretty(&report)? + "\n")?;
     fs::write(dir.join("report.md"), &markdown)?;
     if !effort.noisy {
@@ -226,12 +294,6 @@ fn report(rows: &[Value], effort: &Effort) -> anyhow::Result<()> {
 }
 
 const HEAD: &str = "| measure | arm | median | vs direct (95 % interval) |\n|---|---|---|---|\n";
-
-fn markdown(rows: &[Value]) -> String {
-    let of_connects = rows.iter().filter(|row| !scale::is_ours(row) && !names::is_ours(row));
-    let lines: String = of_connects.map(line).collect();
-    format!("{HEAD}{lines}{}{}", names::markdown(rows), scale::markdown(rows))
-}
 
 fn line(row: &Value) -> String {
     let word = |key: &str| row[key].as_str().unwrap_or_default();

@@ -62,6 +62,17 @@ impl Event {
 
 pub(super) const CLIENTS: [(&str, bool); 2] = [("a connection for each request", false), ("keep-alive", true)];
 
+/// What is told of each.
+pub(super) const VALUES: [&str; 3] = ["failed requests", "last failure", "slow requests"];
+
+pub(super) const ABOUT: &str = "One backend of three goes at second 0, for all arms at the same moment. Each arm has a client that makes \
+    a connection for each request and one that keeps 16 connections, each with 50 requests a second for 10 more seconds; a \
+    request fails after 2 s, and is slow from 250 ms on. *Last* is when the last request that failed was due. Of a removed or \
+    draining backend every arm but direct is told at once: mesh by its services file, Envoy by its endpoints, HAProxy through its \
+    socket, NAT by new rules, as a control plane that loses no time would. Of a killed or black-holed one nobody is told. \
+    mesh ejects a backend after five failed handshakes in a row, Envoy after five failures in a row; Envoy (HTTP) also tries a \
+    request again elsewhere, and HAProxy a connect; HAProxy asks its servers every 2 s. NAT alone knows no health.";
+
 /// What one client saw.
 struct Seen {
     failed: u32,
@@ -86,12 +97,9 @@ pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
             }
         }
         for (measure, arm, mut seen) in all {
-            let values: [(&str, &str, fn(&Seen) -> f64); 3] = [
-                ("failed requests", "", |seen| f64::from(seen.failed)),
-                ("last failure", "s", |seen| seen.last),
-                ("slow requests", "", |seen| f64::from(seen.slow)),
-            ];
-            for (value, unit, of) in values {
+            let values: [(&str, fn(&Seen) -> f64); 3] =
+                [("", |seen| f64::from(seen.failed)), ("s", |seen| seen.last), ("", |seen| f64::from(seen.slow))];
+            for (value, (unit, of)) in VALUES.into_iter().zip(values) {
                 rows.push(json!({
                     "measure": format!("{measure}: {value}"), "topology": Topology::Namespaces.name(), "arm": arm,
                     "value": median(seen.iter().map(of).collect()), "unit": unit, "vs_direct": null,

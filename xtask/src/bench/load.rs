@@ -28,6 +28,9 @@ use crate::tools::{output, tools};
 /// What its rows begin with.
 pub(super) const PREFIX: &str = "load: ";
 
+/// What the row of an arm that did not start is called.
+pub(super) const ALL: &str = "all";
+
 /// Connections of the clients that have several.
 const CONNECTIONS: &str = "16";
 /// Requests of a slice of the client that has one.
@@ -147,7 +150,7 @@ const MEASURES: [Measure; 5] = [
 ];
 
 /// The parts of direct's maximum that latencies are measured at.
-const LOADS: [(u32, &str); 3] = [
+pub(super) const LOADS: [(u32, &str); 3] = [
     (25, "HTTP keep-alive at 25 % of direct's maximum"),
     (50, "HTTP keep-alive at 50 % of direct's maximum"),
     (75, "HTTP keep-alive at 75 % of direct's maximum"),
@@ -171,7 +174,7 @@ pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
         table.latencies(&setup)?;
         for (arm, reason) in &setup.missing {
             table.rows.push(json!({
-                "measure": format!("{PREFIX}all"), "topology": topology.name(), "arm": arm, "value": null,
+                "measure": format!("{PREFIX}{ALL}"), "topology": topology.name(), "arm": arm, "value": null,
                 "unit": "", "vs_direct": null, "missing": reason,
             }));
         }

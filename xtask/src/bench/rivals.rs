@@ -12,10 +12,11 @@ use std::{
 use anyhow::{Context, bail};
 use serde_json::{Value, json};
 
+use super::names::version;
 use super::world::{Cgroup, OURS, Process, Service, Site};
 use crate::{
     node::Node,
-    tools::root,
+    tools::{root, tools},
 };
 
 /// What is said of a backend.
@@ -116,6 +117,21 @@ pub(super) const KINDS: [Kind; 9] = [
         about: "the same as direct: what differs is noise",
     },
 ];
+
+/// What is compared, and by what: versions, null where it is not there.
+pub(super) fn versions() -> Value {
+    json!({
+        "Envoy": envoy().ok().and_then(|envoy| version(envoy, "--version", "version: ")),
+        "HAProxy": version("haproxy", "-v", "version "),
+        "iptables": version("iptables", "--version", "iptables "),
+        "nft": version("nft", "--version", "nftables "),
+        "nginx": version("nginx", "-v", "nginx/"),
+        "oha": version(tools().join("bin/oha"), "--version", "oha "),
+        "wrk": version("wrk", "-v", "wrk "),
+        "sockperf": version("sockperf", "--version", "version "),
+        "iperf3": version("iperf3", "--version", "iperf "),
+    })
+}
 
 struct Direct(Vec<IpAddr>);
 

@@ -88,6 +88,10 @@ pub(super) struct Place {
 }
 
 impl Place {
+    pub(super) fn new(namespace: &str, cgroup: PathBuf) -> Self {
+        Self { namespace: namespace.into(), cgroup, cpu: None }
+    }
+
     /// A command there, which ends with this thread.
     pub(super) fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
         let mut command = Command::new("nsenter");
@@ -277,7 +281,7 @@ impl World {
     }
 
     /// Another namespace on the switch.
-    fn plug(&mut self, role: &str) -> anyhow::Result<String> {
+    pub(super) fn plug(&mut self, role: &str) -> anyhow::Result<String> {
         self.plugged += 1;
         let (name, port) = (format!("{OURS}-{role}"), format!("p{}", self.plugged));
         self.namespaces.push(Namespace::new(name.clone())?);
