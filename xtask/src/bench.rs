@@ -180,8 +180,8 @@ impl Effort {
     fn most_envoys(&self, services: usize) -> usize {
         match (self.mode, services > 100) {
             (Mode::Full, _) | (Mode::Usual, false) => usize::MAX,
-            (Mode::Usual, true) | (Mode::Quick, false) => 10,
-            (Mode::Quick, true) => 1,
+            (Mode::Usual, true) => 10,
+            (Mode::Quick, _) => 1,
         }
     }
 

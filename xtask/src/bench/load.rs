@@ -19,7 +19,7 @@ use super::{
     Effort,
     connect::Runs,
     rivals::{Arm, KINDS, Kind},
-    stats::{confidence, median},
+    stats::{Random, confidence, median},
     usage::Usage,
     world::{Service, Site, Topology, World, check_interrupted, last_words},
 };
@@ -33,9 +33,6 @@ pub(super) const ALL: &str = "all";
 
 /// Connections of the clients that have several.
 const CONNECTIONS: &str = "16";
-/// Requests of a slice of the client that has one.
-const STEADY: &str = "200";
-
 /// The backends of the arms' service.
 const BACKENDS: u8 = 2;
 
@@ -108,6 +105,8 @@ struct Measure {
     values: &'static [(&'static str, &'static str)],
     /// What CPU time is counted for.
     per: Option<&'static str>,
+    /// Whether it is measured also where there is little time.
+    quick: bool,
     take: fn(&Running, Duration) -> anyhow::Result<Taken>,
 }
 
@@ -117,6 +116,7 @@ const MEASURES: [Measure; 5] = [
         service: Service::Http,
         values: &[("requests", "/s")],
         per: Some("requests"),
+        quick: true,
         take: |running, length| wrk(running, length, &[]),
     },
     Measure {
@@ -124,6 +124,7 @@ const MEASURES: [Measure; 5] = [
         service: Service::Http,
         values: &[("requests", "/s")],
         per: Some("requests"),
+        quick: true,
         take: |running, length| wrk(running, length, &["-H", "Connection: close"]),
     },
     Measure {
@@ -131,6 +132,7 @@ const MEASURES: [Measure; 5] = [
         service: Service::Greet,
         values: &[("connects", "/s")],
         per: Some("connections"),
+        quick: false,
         take: connects,
     },
     Measure {
@@ -138,6 +140,7 @@ const MEASURES: [Measure; 5] = [
         service: Service::Echo,
         values: &[("p50", "us"), ("p99", "us")],
         per: None,
+        quick: false,
         take: sockperf,
     },
     Measure {
@@ -145,6 +148,7 @@ const MEASURES: [Measure; 5] = [
         service: Service::Bulk,
         values: &[("throughput", "Mbit/s")],
         per: None,
+        quick: false,
         take: iperf,
     },
 ];
@@ -165,8 +169,8 @@ pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
         eprintln!("bench: load, {}", topology.name());
         let setup = Setup::start(topology, BACKENDS, false)?;
         let mut table = Table { topology, effort, rounds, rows: Vec::new() };
-        table.steady(&setup)?;
-        for measure in MEASURES {
+        SHORTS.iter().try_for_each(|short| table.short(&setup, short))?;
+        for measure in MEASURES.iter().filter(|measure| measure.quick || !effort.quick()) {
             table.run(&setup, measure.name, measure.service, measure.values, measure.per, |running| {
                 (measure.take)(running, effort.slice)
             })?;
@@ -309,28 +313,34 @@ impl Table<'_> {
         Ok(())
     }
 
-    /// One request after the other on one connection: many short slices, so that small differences show.
-    /// And whether anything of mesh runs while a connection is only used.
-    fn steady(&mut self, setup: &Setup) -> anyhow::Result<()> {
-        let name = "HTTP keep-alive, one connection";
+    /// One thing after the other, in many short slices, so that small differences show. And whether
+    /// anything of mesh runs meanwhile.
+    fn short(&mut self, setup: &Setup, short: &Short) -> anyhow::Result<()> {
+        let name = short.name;
         eprintln!("bench: load, {}: {name}", self.topology.name());
         let mut clients = Vec::new();
-        for running in &setup.running {
-            match Steady::start(running) {
+        for running in setup.running.iter().filter(|running| running.has(short.service)) {
+            match Client::start(running, short) {
                 Ok(client) => clients.push((running.kind.name, client)),
-                Err(error) => eprintln!("bench: {}: {error:#}", running.kind.name),
+                Err(error) => {
+                    check_interrupted()?;
+                    eprintln!("bench: {}: {error:#}", running.kind.name);
+                }
             }
         }
         let arms: Vec<_> = clients.iter().map(|(arm, _)| *arm).collect();
         let mut slices: Vec<Slices> = arms.iter().map(|_| Slices::default()).collect();
-        let mesh = setup.running.iter().find_map(|running| running.arm.node());
+        let mesh = setup.running.iter().find_map(|running| running.arm.node()).filter(|_| short.still);
         let counted = mesh.map(Runs::count).transpose()?;
-        for round in 0..self.rounds * 20 {
+        for round in 0..self.rounds * SHORT_ROUNDS {
             check_interrupted()?;
             let before = Usage::now([])?;
             let mut taken: Vec<_> = arms.iter().map(|_| None).collect();
             for arm in order(arms.len(), round) {
-                taken[arm] = Some(clients[arm].1.slice()?);
+                match clients[arm].1.slice() {
+                    Ok(values) => taken[arm] = Some(values),
+                    Err(error) => slices[arm].failed = Some(format!("{error:#}")),
+                }
             }
             // Slices are too short for the clocks of CPU time: a round is dropped as a whole.
             let disturbed = Usage::now([])?.since(&before).disturbed && !self.effort.noisy;
@@ -345,39 +355,59 @@ impl Table<'_> {
                 "arm": "mesh", "value": counted.runs()?, "unit": "", "vs_direct": null,
             }));
         }
-        for (number, value) in ["mean", "p50", "p99"].into_iter().enumerate() {
-            self.rows(&format!("{PREFIX}{name}: {value}"), "ns", number, &arms, &slices);
+        for (number, (value, unit)) in [("mean", "ns"), ("p50", "ns"), ("p99", "ns"), ("rate", "/s")].into_iter().enumerate() {
+            self.rows(&format!("{PREFIX}{name}: {value}"), unit, number, &arms, &slices);
         }
         Ok(())
     }
 }
 
-/// The arms of a round.
+/// What is done in short slices.
+struct Short {
+    name: &'static str,
+    service: Service,
+    part: &'static str,
+    count: u32,
+    /// Whether nothing of mesh is to run meanwhile.
+    still: bool,
+}
+
+/// Rounds of short slices for each of the others.
+const SHORT_ROUNDS: usize = 20;
+
+const SHORTS: [Short; 2] = [
+    Short { name: "HTTP keep-alive, one connection", service: Service::Http, part: "steady", count: 200, still: true },
+    Short { name: "TCP connects, one after the other", service: Service::Greet, part: "dials", count: 100, still: false },
+];
+
+/// The arms of a round: shuffled for every other one, so that none has always the same one before it, and
+/// reversed for the next.
 pub(super) fn order(arms: usize, round: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..arms).collect();
+    let mut random = Random::new(round as u64 / 2);
+    for left in (2..=arms).rev() {
+        order.swap(left - 1, random.below(left));
+    }
     if round % 2 == 1 {
         order.reverse();
     }
     order
 }
 
-/// A client with one connection.
-struct Steady {
+/// A client of short slices.
+struct Client {
     child: Child,
     stdin: Option<ChildStdin>,
     lines: Lines<BufReader<ChildStdout>>,
 }
 
-impl Steady {
-    fn start(running: &Running) -> anyhow::Result<Self> {
-        ensure!(running.has(Service::Http), "it has no HTTP");
-        let mut client = running.site.client.part("steady")?;
-        client.args([running.arm.targets(Service::Http)[0].to_string(), STEADY.into()]);
+impl Client {
+    fn start(running: &Running, short: &Short) -> anyhow::Result<Self> {
+        let mut client = running.site.client.part(short.part)?;
+        client.args([running.arm.targets(short.service)[0].to_string(), short.count.to_string()]);
         let mut child = client.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let lines = BufReader::new(child.stdout.take().context("a pipe")?).lines();
         let mut client = Self { stdin: child.stdin.take(), child, lines };
-        client.lines.next().context("the client has ended")??;
-        // The first slice warms up.
         client.slice()?;
         Ok(client)
     }
@@ -385,11 +415,14 @@ impl Steady {
     fn slice(&mut self) -> anyhow::Result<Vec<f64>> {
         self.stdin.as_mut().context("a pipe")?.write_all(b"\n")?;
         let line = self.lines.next().context("a client has ended")??;
-        line.split(' ').map(|number| Ok(number.parse()?)).collect()
+        let mut values = line.split(' ').map(|n| Ok(n.parse()?)).collect::<anyhow::Result<Vec<f64>>>()?;
+        let mean = values.first().context("a client prints three numbers")?;
+        values.push(1e9 / mean);
+        Ok(values)
     }
 }
 
-impl Drop for Steady {
+impl Drop for Client {
     fn drop(&mut self) {
         self.stdin.take();
         let _ = self.child.wait();

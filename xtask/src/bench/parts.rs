@@ -48,6 +48,9 @@ enum Part {
     /// Connects, and for each line of its input makes so many requests on that connection. Prints their
     /// latencies in nanoseconds: mean, p50, p99.
     Steady { address: SocketAddr, requests: u32 },
+    /// For each line of its input so many connects one after the other, each to the greeting. Prints the
+    /// same of them.
+    Dials { address: SocketAddr, connects: u32 },
     /// Requests at a fixed rate, to the addresses in turn. Prints a line for each: when it was due
     /// and how long it took, in microseconds, and what went wrong.
     Requests {
@@ -67,6 +70,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         Part::Call { address, http, greeting } => call(*address, *http, *greeting),
         Part::Connects { address, seconds } => connects(*address, Duration::from_secs_f64(*seconds)),
         Part::Steady { address, requests } => steady(*address, *requests),
+        Part::Dials { address, connects } => dials(*address, *connects),
         Part::Requests { addresses, rate, seconds, keep_alive } => {
             requests(addresses, *rate, *seconds, *keep_alive)
         }
@@ -112,26 +116,39 @@ fn call(address: SocketAddr, http: bool, greeting: bool) -> anyhow::Result<()> {
 fn connects(address: SocketAddr, time: Duration) -> anyhow::Result<()> {
     let (start, mut count) = (Instant::now(), 0_u64);
     while start.elapsed() < time {
-        let mut stream = TcpStream::connect(address)?;
-        stream.read_exact(&mut [0])?;
-        // A reset instead of TIME_WAIT: ports are not used up.
-        set_socket_linger(&stream, Some(Duration::ZERO))?;
+        dial(address)?;
         count += 1;
     }
     println!("{count} {}", start.elapsed().as_secs_f64());
     Ok(())
 }
 
+fn dial(address: SocketAddr) -> anyhow::Result<()> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.read_exact(&mut [0])?;
+    // A reset instead of TIME_WAIT: ports are not used up.
+    Ok(set_socket_linger(&stream, Some(Duration::ZERO))?)
+}
+
 fn steady(address: SocketAddr, requests: u32) -> anyhow::Result<()> {
     let mut stream = open(address)?;
-    request(&mut stream, true)?;
-    println!("connected");
+    slices(requests, || request(&mut stream, true))
+}
+
+fn dials(address: SocketAddr, connects: u32) -> anyhow::Result<()> {
+    slices(connects, || dial(address))
+}
+
+/// A slice for each line of the input, and its figures in nanoseconds. What ran before it has cooled the
+/// caches: the first fifth is not counted.
+fn slices(count: u32, mut one: impl FnMut() -> anyhow::Result<()>) -> anyhow::Result<()> {
     for line in io::stdin().lines() {
         line?;
+        (0..count / 5).try_for_each(|_| one())?;
         let mut took = Vec::new();
-        for _ in 0..requests {
+        for _ in 0..count {
             let start = Instant::now();
-            request(&mut stream, true)?;
+            one()?;
             took.push(start.elapsed().as_nanos());
         }
         took.sort_unstable();

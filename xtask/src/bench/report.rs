@@ -115,9 +115,9 @@ fn all_goals() -> Vec<Goal> {
         goal("throughput, relative to direct", "TCP throughput: throughput", "mesh", Of::VsDirect, false, 0.998),
         goal("keep-alive, requests/s, relative to the Envoy pair", &format!("{all}: requests"), "envoy-pair-http", Of::MeshVs, false, 10.0),
         goal("a connection for each request, relative to the Envoy pair", &format!("{each}: requests"), "envoy-pair-http", Of::MeshVs, false, 3.0),
-        goal("connects/s, relative to direct", "TCP connects: connects", "mesh", Of::VsDirect, false, 0.97),
-        goal("connects/s, relative to iptables", "TCP connects: connects", "iptables", Of::MeshVs, false, 1.0),
-        goal("connects/s, relative to nft", "TCP connects: connects", "nft", Of::MeshVs, false, 1.0),
+        goal("connects/s, relative to direct", "TCP connects, one after the other: rate", "mesh", Of::VsDirect, false, 0.97),
+        goal("connects/s, relative to iptables", "TCP connects, one after the other: rate", "iptables", Of::MeshVs, false, 1.0),
+        goal("connects/s, relative to nft", "TCP connects, one after the other: rate", "nft", Of::MeshVs, false, 1.0),
         goal("CPU seconds for a million requests, above direct", &format!("{all}: CPU seconds for a million requests"), "mesh", Of::OverDirect, true, 0.05),
         goal("CPU seconds for a million connections, above direct", "TCP connects: CPU seconds for a million connections", "mesh", Of::OverDirect, true, 0.4),
         of_memory("PSS of the daemon, 100 tasks, 1,000 services, 10,000 backends, MiB", "PSS", true, 15.0),
@@ -290,7 +290,7 @@ fn failovers(rows: &[Value]) -> String {
 fn memory(rows: &[Value]) -> String {
     let mut text = String::new();
     for services in memory::SERVICES {
-        for what in ["PSS and maps", "PSS", "maps", "idle CPU"] {
+        for what in ["PSS and maps", "PSS", "PSS without files", "maps", "idle CPU"] {
             for arm in ["mesh", "envoy-pair-http"] {
                 let measure = format!("{}{services} services x 10: {what}", memory::PREFIX);
                 let row = |tasks: &usize| find(rows, &measure, &format!("{tasks} tasks"), arm);
@@ -333,7 +333,7 @@ pub(super) fn summary(rows: &[Value]) -> String {
             cell(of_load("HTTP keep-alive: requests", arm), " /s"),
             cell(of_load("HTTP keep-alive at 50 % of direct's maximum: p99", arm), " us"),
             cell(of_load("HTTP, a connection for each request: requests", arm), " /s"),
-            cell(of_load("TCP connects: connects", arm), " /s"),
+            cell(of_load("TCP connects, one after the other: rate", arm), " /s"),
             cell(of_load("HTTP keep-alive: CPU seconds for a million requests", arm), " s"),
             cell(killed(arm), ""),
         ];

@@ -121,14 +121,16 @@ pub(super) const KINDS: [Kind; 9] = [
 /// What is compared, and by what: versions, null where it is not there.
 pub(super) fn versions() -> Value {
     json!({
-        "Envoy": envoy().ok().and_then(|envoy| version(envoy, "--version", "version: ")),
+        "Envoy": envoy().ok().and_then(|envoy| version(envoy, "--version", "/")).map(|version| {
+            version.split('/').next().unwrap_or_default().to_owned()
+        }),
         "HAProxy": version("haproxy", "-v", "version "),
-        "iptables": version("iptables", "--version", "iptables "),
-        "nft": version("nft", "--version", "nftables "),
+        "iptables": version("iptables", "--version", "iptables v"),
+        "nft": version("nft", "--version", "nftables v"),
         "nginx": version("nginx", "-v", "nginx/"),
         "oha": version(tools().join("bin/oha"), "--version", "oha "),
-        "wrk": version("wrk", "-v", "wrk "),
-        "sockperf": version("sockperf", "--version", "version "),
+        "wrk": version("wrk", "-v", "wrk ").map(|version| version.replace("debian/", "")),
+        "sockperf": version("sockperf", "--version", "version ").map(|version| version.replace("-no.git", "")),
         "iperf3": version("iperf3", "--version", "iperf "),
     })
 }
@@ -243,18 +245,22 @@ pub(super) fn envoy_template(name: &str) -> &'static str {
     }
 }
 
-/// Tells an Envoy the endpoints of a cluster; it watches for the file to be moved there.
-pub(super) fn write_endpoints(dir: &Path, cluster: &str, endpoints: &[(SocketAddr, State)]) -> anyhow::Result<()> {
+/// The endpoints of a cluster.
+pub(super) fn load_assignment(cluster: &str, endpoints: &[(SocketAddr, State)]) -> Value {
     let endpoint = |(at, state): &(SocketAddr, State)| {
         let address = json!({"socket_address": {"address": at.ip().to_string(), "port_value": at.port()}});
         let health = if *state == State::Draining { "DRAINING" } else { "HEALTHY" };
         (*state != State::Removed).then(|| json!({"endpoint": {"address": address}, "health_status": health}))
     };
     let endpoints: Vec<Value> = endpoints.iter().filter_map(endpoint).collect();
-    let response = json!({"resources": [{
-        "@type": "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
-        "cluster_name": cluster, "endpoints": [{"lb_endpoints": endpoints}],
-    }]});
+    json!({"cluster_name": cluster, "endpoints": [{"lb_endpoints": endpoints}]})
+}
+
+/// Tells an Envoy the endpoints of a cluster; it watches for the file to be moved there.
+pub(super) fn write_endpoints(dir: &Path, cluster: &str, endpoints: &[(SocketAddr, State)]) -> anyhow::Result<()> {
+    let mut assignment = load_assignment(cluster, endpoints);
+    assignment["@type"] = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment".into();
+    let response = json!({"resources": [assignment]});
     let new = dir.join(format!("{cluster}.new"));
     fs::write(&new, response.to_string())?;
     Ok(fs::rename(new, dir.join(format!("{cluster}.json")))?)
@@ -278,8 +284,12 @@ impl Envoy {
         let more = if pair { u16::from(number) * 10_000 } else { 0 };
         let listeners = |address: IpAddr, port: &dyn Fn(Service) -> u16| {
             let values = |service: &Service| {
-                let port = port(*service).to_string();
-                vec![("$NAME", service.name().into()), ("$ADDRESS", address.to_string()), ("$PORT", port)]
+                vec![
+                    ("$NAME", service.name().to_owned()),
+                    ("$ADDRESS", address.to_string()),
+                    ("$PORT", port(*service).to_string()),
+                    ("$APPLICATION", service.backend_port().to_string()),
+                ]
             };
             services.iter().map(values).collect::<Vec<_>>()
         };
@@ -287,16 +297,8 @@ impl Envoy {
         for ip in site.backends.iter().filter(|_| pair) {
             let dir = site.dir.join(ip.to_string());
             fs::create_dir_all(&dir)?;
-            for service in services {
-                let at = SocketAddr::new(*ip, service.backend_port());
-                write_endpoints(&dir, service.name(), &[(at, State::Active)])?;
-            }
             let listeners = listeners(*ip, &|service| service.backend_port() + more);
-            let config = fill(
-                envoy_template(&format!("ingress-{mode}")),
-                &listeners,
-                &[("$DIR", dir.display().to_string())],
-            );
+            let config = fill(envoy_template(&format!("ingress-{mode}")), &listeners, &[]);
             ingress.push(Some(run_envoy(site.ingress.command(envoy()?), &dir, &config)?));
         }
         let endpoints: Vec<_> = site.backends.iter().map(|ip| (*ip, more)).collect();
