@@ -17,8 +17,9 @@ use serde_json::{Value, json};
 use super::{
     Effort,
     load::{Running, Setup},
-    rivals::State,
+    rivals::{KINDS, State},
     stats::median,
+    usage::Usage,
     world::{Service, Topology, check_interrupted},
 };
 use crate::tools::run;
@@ -34,6 +35,8 @@ const SECONDS: u32 = 12;
 const BEFORE: Duration = Duration::from_secs(2);
 /// From a notice to the end of the server.
 const NOTICE: Duration = Duration::from_secs(1);
+/// How often it is tried at most where others use the machine.
+const TRIES: usize = 3;
 /// Of the timeline, in milliseconds.
 const BIN: u64 = 100;
 /// A request that took longer is counted as slow.
@@ -60,7 +63,8 @@ impl Event {
     }
 }
 
-pub(super) const CLIENTS: [(&str, bool); 2] = [("a connection for each request", false), ("keep-alive", true)];
+pub(super) const CLIENTS: [(&str, bool); 2] =
+    [("a connection for each request", false), ("keep-alive", true)];
 
 /// What is told of each.
 pub(super) const VALUES: [&str; 3] = ["failed requests", "last failure", "slow requests"];
@@ -75,6 +79,8 @@ pub(super) const ABOUT: &str = "One backend of three goes at second 0, for all a
 
 /// What one client saw.
 struct Seen {
+    arm: &'static str,
+    client: &'static str,
     failed: u32,
     slow: u32,
     /// Seconds after the event; zero where nothing failed.
@@ -86,36 +92,55 @@ struct Seen {
 pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
     let mut rows = Vec::new();
     for event in Event::ALL.into_iter().filter(|event| !effort.quick() || *event == Event::Killed) {
-        let mut all: Vec<(String, &str, Vec<Seen>)> = Vec::new();
+        let mut all = Vec::new();
+        let mut disturbed = 0;
         for _ in 0..effort.failovers {
-            eprintln!("bench: failover, {}", event.name());
-            for (measure, arm, seen) in once(event)? {
-                match all.iter_mut().find(|(m, a, _)| *m == measure && *a == arm) {
-                    Some((_, _, list)) => list.push(seen),
-                    None => all.push((measure, arm, vec![seen])),
+            let seen = loop {
+                check_interrupted()?;
+                eprintln!("bench: failover, {}", event.name());
+                let (seen, others) = once(event)?;
+                if !others || effort.noisy {
+                    break seen;
                 }
-            }
+                disturbed += 1;
+                if disturbed == TRIES {
+                    eprintln!("bench: failover, {}: others use the machine", event.name());
+                    break Vec::new();
+                }
+            };
+            all.extend(seen);
         }
-        for (measure, arm, mut seen) in all {
-            let values: [(&str, fn(&Seen) -> f64); 3] =
-                [("", |seen| f64::from(seen.failed)), ("s", |seen| seen.last), ("", |seen| f64::from(seen.slow))];
-            for (value, (unit, of)) in VALUES.into_iter().zip(values) {
-                rows.push(json!({
-                    "measure": format!("{measure}: {value}"), "topology": Topology::Namespaces.name(), "arm": arm,
-                    "value": median(seen.iter().map(of).collect()), "unit": unit, "vs_direct": null,
-                    "times": seen.len(),
-                }));
-            }
-            let last = seen.pop().context("it was measured once")?;
-            if let Some(row) = rows.iter_mut().rev().nth(2) {
-                row["timeline"] = json!(last.timeline);
+        for kind in &KINDS {
+            for (client, _) in CLIENTS {
+                let seen: Vec<&Seen> =
+                    all.iter().filter(|seen| seen.arm == kind.name && seen.client == client).collect();
+                let Some(last) = seen.last() else { continue };
+                let value = |of: fn(&Seen) -> f64| median(seen.iter().map(|seen| of(seen)).collect());
+                let values = [
+                    (value(|seen| f64::from(seen.failed)), ""),
+                    (value(|seen| seen.last), "s"),
+                    (value(|seen| f64::from(seen.slow)), ""),
+                ];
+                for (what, (value, unit)) in VALUES.into_iter().zip(values) {
+                    rows.push(json!({
+                        "measure": measure_of(event, client, what), "topology": Topology::Namespaces.name(),
+                        "arm": kind.name, "value": value, "unit": unit, "vs_direct": null,
+                        "times": seen.len(), "disturbed": disturbed,
+                        "timeline": (what == VALUES[0]).then_some(&last.timeline),
+                    }));
+                }
             }
         }
     }
     Ok(rows)
 }
 
-fn once(event: Event) -> anyhow::Result<Vec<(String, &'static str, Seen)>> {
+pub(super) fn measure_of(event: Event, client: &str, value: &str) -> String {
+    format!("{PREFIX}{}, {client}: {value}", event.name())
+}
+
+/// What the clients saw of it, and whether others used the machine meanwhile.
+fn once(event: Event) -> anyhow::Result<(Vec<Seen>, bool)> {
     let mut setup = Setup::start(Topology::Namespaces, BACKENDS, true)?;
     let mut clients = Vec::new();
     for running in &setup.running {
@@ -126,20 +151,21 @@ fn once(event: Event) -> anyhow::Result<Vec<(String, &'static str, Seen)>> {
             }
         }
     }
+    let before = Usage::now([])?;
     thread::sleep(BEFORE);
     let at = Instant::now();
     happen(event, &mut setup)?;
     let mut seen = Vec::new();
     for (arm, name, client) in clients {
-        match client.seen(at) {
-            Ok(what) => seen.push((format!("{PREFIX}{}, {name}", event.name()), arm, what)),
+        match client.seen(arm, name, at) {
+            Ok(what) => seen.push(what),
             Err(error) => {
                 check_interrupted()?;
                 eprintln!("bench: {arm}: {error:#}");
             }
         }
     }
-    Ok(seen)
+    Ok((seen, Usage::now([])?.since(&before).disturbed))
 }
 
 fn happen(event: Event, setup: &mut Setup) -> anyhow::Result<()> {
@@ -192,9 +218,9 @@ impl Client {
     }
 
     /// Waits for its end.
-    fn seen(mut self, event: Instant) -> anyhow::Result<Seen> {
+    fn seen(mut self, arm: &'static str, client: &'static str, event: Instant) -> anyhow::Result<Seen> {
         let event = i64::try_from(event.duration_since(self.start).as_micros())?;
-        let mut seen = Seen { failed: 0, slow: 0, last: 0.0, timeline: Vec::new() };
+        let mut seen = Seen { arm, client, failed: 0, slow: 0, last: 0.0, timeline: Vec::new() };
         for line in self.lines.by_ref() {
             let line = line?;
             let mut words = line.splitn(3, ' ');

@@ -220,7 +220,8 @@ impl Table<'_> {
                 check_interrupted()?;
                 let running = arms[arm];
                 let cgroups = [&running.site.client.cgroup, &running.site.egress.cgroup];
-                let cgroups = || cgroups.into_iter().map(PathBuf::as_path).chain([setup.world.server_cgroup()]);
+                let cgroups =
+                    || cgroups.into_iter().map(PathBuf::as_path).chain([setup.world.server_cgroup()]);
                 let before = Usage::now(cgroups())?;
                 let taken = take(running);
                 let used = Usage::now(cgroups())?.since(&before);
@@ -249,7 +250,13 @@ impl Table<'_> {
         let values = values.iter().map(|(value, unit)| ((*value).to_owned(), *unit));
         for (number, (value, unit)) in values.chain(cpu).enumerate() {
             let measure = format!("{PREFIX}{name}: {value}");
-            self.rows(&measure, unit, number, &arms.iter().map(|arm| arm.kind.name).collect::<Vec<_>>(), &slices);
+            self.rows(
+                &measure,
+                unit,
+                number,
+                &arms.iter().map(|arm| arm.kind.name).collect::<Vec<_>>(),
+                &slices,
+            );
         }
         Ok(())
     }
@@ -259,7 +266,8 @@ impl Table<'_> {
         let of = |arm: &str| arms.iter().position(|name| *name == arm).map(|arm| &slices[arm]);
         let compare = |above: Option<&Slices>, below: Option<&Slices>, by: fn(f64, f64) -> f64| {
             let pairs = above?.taken.iter().zip(&below?.taken);
-            let pairs = pairs.filter_map(|(above, below)| Some((above.as_ref()?[number], below.as_ref()?[number])));
+            let pairs =
+                pairs.filter_map(|(above, below)| Some((above.as_ref()?[number], below.as_ref()?[number])));
             let compared: Vec<f64> = pairs.map(|(above, below)| by(above, below)).collect();
             let (low, high) = confidence(&compared);
             (!compared.is_empty()).then(|| json!({"ratio": median(compared), "low": low, "high": high}))
@@ -291,7 +299,8 @@ impl Table<'_> {
             return Ok(());
         };
         // By the same client, so that it can reach the rates.
-        let most = (0..3).map(|_| Ok(oha(direct, self.effort.slice, None)?.rate)).collect::<anyhow::Result<_>>();
+        let most =
+            (0..3).map(|_| Ok(oha(direct, self.effort.slice, None)?.rate)).collect::<anyhow::Result<_>>();
         let most = match most {
             Ok(most) => median(most),
             Err(error) => {
@@ -355,7 +364,9 @@ impl Table<'_> {
                 "arm": "mesh", "value": counted.runs()?, "unit": "", "vs_direct": null,
             }));
         }
-        for (number, (value, unit)) in [("mean", "ns"), ("p50", "ns"), ("p99", "ns"), ("rate", "/s")].into_iter().enumerate() {
+        for (number, (value, unit)) in
+            [("mean", "ns"), ("p50", "ns"), ("p99", "ns"), ("rate", "/s")].into_iter().enumerate()
+        {
             self.rows(&format!("{PREFIX}{name}: {value}"), unit, number, &arms, &slices);
         }
         Ok(())
@@ -376,8 +387,20 @@ struct Short {
 const SHORT_ROUNDS: usize = 20;
 
 const SHORTS: [Short; 2] = [
-    Short { name: "HTTP keep-alive, one connection", service: Service::Http, part: "steady", count: 200, still: true },
-    Short { name: "TCP connects, one after the other", service: Service::Greet, part: "dials", count: 100, still: false },
+    Short {
+        name: "HTTP keep-alive, one connection",
+        service: Service::Http,
+        part: "steady",
+        count: 200,
+        still: true,
+    },
+    Short {
+        name: "TCP connects, one after the other",
+        service: Service::Greet,
+        part: "dials",
+        count: 100,
+        still: false,
+    },
 ];
 
 /// The arms of a round: shuffled for every other one, so that none has always the same one before it, and
@@ -463,7 +486,8 @@ fn sockperf(running: &Running, length: Duration) -> anyhow::Result<Taken> {
     let said = output(sockperf.args(["-t", &seconds(length), "--full-rtt"]))?;
     let percentile = |of: &str| {
         let line = said.lines().find(|line| line.contains(&format!("percentile {of} =")));
-        let value = line.and_then(|line| line.rsplit('=').next()).with_context(|| format!("sockperf: {said}"))?;
+        let value =
+            line.and_then(|line| line.rsplit('=').next()).with_context(|| format!("sockperf: {said}"))?;
         Ok(value.trim().parse()?)
     };
     let values = ["50.000", "99.000"].iter().map(|of| percentile(of)).collect::<anyhow::Result<_>>()?;
@@ -490,7 +514,15 @@ struct Latencies {
 /// As fast as it can, or at a rate.
 fn oha(running: &Running, length: Duration, rate: Option<f64>) -> anyhow::Result<Latencies> {
     let mut oha: Command = running.site.client.command(tools().join("bin/oha"));
-    oha.args(["--no-tui", "--output-format", "json", "-c", CONNECTIONS, "-z", &format!("{}ms", length.as_millis())]);
+    oha.args([
+        "--no-tui",
+        "--output-format",
+        "json",
+        "-c",
+        CONNECTIONS,
+        "-z",
+        &format!("{}ms", length.as_millis()),
+    ]);
     if let Some(rate) = rate {
         oha.args(["-q", &format!("{rate:.0}"), "--latency-correction"]);
     }
@@ -502,6 +534,9 @@ fn oha(running: &Running, length: Duration, rate: Option<f64>) -> anyhow::Result
     let percentiles = &said["latencyPercentiles"];
     Ok(Latencies {
         rate: done / number(&said["summary"]["total"])?,
-        percentiles: PERCENTILES.iter().map(|(_, _, of)| Ok(number(&percentiles[of])? * 1e6)).collect::<anyhow::Result<_>>()?,
+        percentiles: PERCENTILES
+            .iter()
+            .map(|(_, _, of)| Ok(number(&percentiles[of])? * 1e6))
+            .collect::<anyhow::Result<_>>()?,
     })
 }

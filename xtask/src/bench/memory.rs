@@ -39,6 +39,7 @@ pub(super) const ABOUT: &str = "Tasks that do nothing, each in a namespace and a
     each service, two workers, and no statistics sink. The start of a task counts from before its processes (and its Envoy) are \
     started to the first answer to an HTTP request; the server's side is up.";
 
+pub(super) const BOTH: &str = "PSS and maps";
 /// The arm that has an Envoy in each task.
 const ENVOY: &str = "envoy-pair-http";
 /// No Envoy is started where less of the machine's memory is left, in percent.
@@ -56,7 +57,7 @@ pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
             if let Err(error) = result {
                 check_interrupted()?;
                 eprintln!("bench: memory of {arm}: {error:#}");
-                table.row("PSS and maps", 0, arm, None, "MiB", Some(format!("{error:#}")));
+                table.missing(TASKS[0], arm, &format!("{error:#}"));
             }
         }
         rows.extend(table.rows);
@@ -93,7 +94,8 @@ const VIP: &str = "127.128.0.30";
 
 fn backends(service: usize) -> Vec<SocketAddr> {
     let at = |number: usize| {
-        let [high, low] = u16::try_from(service * BACKENDS + number).expect("at most 65,536 backends").to_be_bytes();
+        let [high, low] =
+            u16::try_from(service * BACKENDS + number).expect("at most 65,536 backends").to_be_bytes();
         SocketAddr::from(([10, 78, high, low], 80))
     };
     (0..BACKENDS).map(at).collect()
@@ -106,11 +108,22 @@ struct Table<'a> {
 }
 
 impl Table<'_> {
-    fn row(&mut self, what: &str, tasks: usize, arm: &str, value: Option<f64>, unit: &str, missing: Option<String>) {
+    fn row(&mut self, what: &str, tasks: usize, arm: &str, value: f64, unit: &str) {
         self.rows.push(json!({
-            "measure": format!("{PREFIX}{} services x {BACKENDS}: {what}", self.services), "topology": format!("{tasks} tasks"),
-            "arm": arm, "value": value, "unit": unit, "vs_direct": null, "missing": missing,
+            "measure": self.measure(what), "topology": format!("{tasks} tasks"), "arm": arm, "value": value,
+            "unit": unit, "vs_direct": null,
         }));
+    }
+
+    fn missing(&mut self, tasks: usize, arm: &str, why: &str) {
+        self.rows.push(json!({
+            "measure": self.measure(BOTH), "topology": format!("{tasks} tasks"), "arm": arm, "value": null,
+            "unit": "MiB", "vs_direct": null, "missing": why,
+        }));
+    }
+
+    fn measure(&self, what: &str) -> String {
+        format!("{PREFIX}{} services x {BACKENDS}: {what}", self.services)
     }
 
     fn mesh(&mut self, world: &World) -> anyhow::Result<()> {
@@ -131,11 +144,11 @@ impl Table<'_> {
                 tasks.push(Task::start(world, tasks.len(), cgroup)?);
             }
             thread::sleep(SETTLE);
-            self.row("PSS without files", count, "mesh", Some(mib(pss(pid, "Pss_Anon:")?)), "MiB", None);
+            self.row("PSS without files", count, "mesh", mib(pss(pid, "Pss_Anon:")?), "MiB");
             let pss = mib(pss(pid, "Pss:")?);
-            self.row("PSS", count, "mesh", Some(pss), "MiB", None);
-            self.row("maps", count, "mesh", Some(maps), "MiB", None);
-            self.row("PSS and maps", count, "mesh", Some(pss + maps), "MiB", None);
+            self.row("PSS", count, "mesh", pss, "MiB");
+            self.row("maps", count, "mesh", maps, "MiB");
+            self.row(BOTH, count, "mesh", pss + maps, "MiB");
             self.idle(count, "mesh", &[daemon.path()])?;
         }
         Ok(())
@@ -165,14 +178,14 @@ impl Table<'_> {
         for count in TASKS.into_iter().filter(|count| *count == 1 || !self.effort.quick()) {
             if count > self.effort.most_envoys(self.services) {
                 // Where there is more time there are more.
-                self.row("PSS and maps", count, ENVOY, None, "MiB", Some("not started here".into()));
+                self.missing(count, ENVOY, "not started here");
                 continue;
             }
             while envoys.len() < count {
                 check_interrupted()?;
                 if spare()? < SPARE {
                     let why = format!("{} Envoys left {SPARE} % of the memory", envoys.len());
-                    self.row("PSS and maps", count, ENVOY, None, "MiB", Some(why));
+                    self.missing(count, ENVOY, &why);
                     return Ok(());
                 }
                 let cgroup = cgroup2()?.join(format!("{OURS}-task-{}", tasks.len()));
@@ -190,7 +203,7 @@ impl Table<'_> {
             }
             thread::sleep(SETTLE);
             let pss = envoys.iter().map(|envoy| pss(envoy.id(), "Pss:")).sum::<anyhow::Result<u64>>()?;
-            self.row("PSS and maps", count, ENVOY, Some(mib(pss)), "MiB", None);
+            self.row(BOTH, count, ENVOY, mib(pss), "MiB");
             let cgroups: Vec<_> = tasks.iter().map(|task| task.place.cgroup.clone()).collect();
             self.idle(count, ENVOY, &cgroups)?;
         }
@@ -203,7 +216,7 @@ impl Table<'_> {
         thread::sleep(self.effort.idle);
         let used = used()? - before;
         let value = used.as_secs_f64() * 1e3 / start.elapsed().as_secs_f64();
-        self.row("idle CPU", tasks, arm, Some(value), "ms/s", None);
+        self.row("idle CPU", tasks, arm, value, "ms/s");
         Ok(())
     }
 }
@@ -315,7 +328,8 @@ fn map_bytes(node: &Node) -> anyhow::Result<u64> {
     let mut list = Command::new(tools::mesh());
     list.args(["bpf", "maps", "-o", "json", "--config"]).arg(&node.config);
     let ours: Vec<Value> = serde_json::from_str(&output(&mut list)?)?;
-    let all: Vec<Value> = serde_json::from_str(&output(Command::new("bpftool").args(["-j", "map", "show"]))?)?;
+    let all: Vec<Value> =
+        serde_json::from_str(&output(Command::new("bpftool").args(["-j", "map", "show"]))?)?;
     let mut bytes = 0;
     for map in &ours {
         let info = all.iter().find(|info| info["id"] == map["id"]);

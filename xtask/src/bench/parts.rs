@@ -19,8 +19,8 @@ use rustix::net::sockopt::set_socket_linger;
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long a client waits for an answer.
 const TIMEOUT: Duration = Duration::from_secs(2);
-/// Of the client with a rate: more than can be stuck at a time.
-const THREADS: u32 = 128;
+/// Of the client with a rate: more than are stuck at a time where one backend of three is silent.
+const THREADS: u32 = 64;
 /// Connections that a client with keep-alive uses in turn.
 const CONNECTIONS: usize = 16;
 
@@ -194,7 +194,8 @@ fn requests(addresses: &[SocketAddr], rate: u32, seconds: u32, keep_alive: bool)
             thread::sleep(due.saturating_sub(start.elapsed()));
             let result = one(number);
             let took = start.elapsed().saturating_sub(due).as_micros();
-            let wrong = result.err().map_or_else(String::new, |error| format!("{error:#}").replace('\n', " "));
+            let wrong =
+                result.err().map_or_else(String::new, |error| format!("{error:#}").replace('\n', " "));
             lines.push(format!("{} {took} {wrong}", due.as_micros()));
         }
     };
@@ -226,7 +227,9 @@ fn request(stream: &mut TcpStream, keep_alive: bool) -> anyhow::Result<()> {
             line.trim().clone_into(&mut status);
         }
         match line.trim().split_once(':') {
-            Some((name, value)) if name.eq_ignore_ascii_case("content-length") => length = value.trim().parse()?,
+            Some((name, value)) if name.eq_ignore_ascii_case("content-length") => {
+                length = value.trim().parse()?;
+            }
             None if line.trim().is_empty() => break,
             _ => {}
         }

@@ -14,14 +14,17 @@ use serde_json::Value;
 
 use super::{failover, load, memory, rivals::KINDS, world::Topology};
 
+/// Draws one of them, if there is anything to draw.
+type Draw = fn(&[Value], &Path) -> anyhow::Result<bool>;
+
 const SIZE: (u32, u32) = (900, 480);
 
 /// Draws what there are rows for; the names of the files and what they show.
 pub(super) fn draw(rows: &[Value], dir: &Path) -> anyhow::Result<Vec<(&'static str, &'static str)>> {
-    let pictures: [(&str, &str, fn(&[Value], &Path) -> anyhow::Result<bool>); 4] = [
+    let pictures: [(&str, &str, Draw); 4] = [
         ("latency.svg", "Latency of HTTP keep-alive under open-loop load", latency),
         ("failover.svg", "Failed requests after a backend went", timeline),
-        ("memory.svg", "Memory by the number of tasks, 10 services", memory),
+        ("memory.svg", "Memory by the number of tasks", memory),
         ("scale.svg", "One change and a cold load by the number of backends", scale),
     ];
     let mut drawn = Vec::new();
@@ -58,6 +61,7 @@ fn area(path: &Path) -> anyhow::Result<Area<'_>> {
     Ok(area)
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "for map_err")]
 fn bad<E: std::error::Error + Send + Sync>(error: DrawingAreaErrorKind<E>) -> anyhow::Error {
     anyhow!("cannot draw: {error}")
 }
@@ -144,20 +148,28 @@ fn latency(rows: &[Value], path: &Path) -> anyhow::Result<bool> {
 }
 
 fn memory(rows: &[Value], path: &Path) -> anyhow::Result<bool> {
-    let measure = format!("{}{} services x 10: PSS and maps", memory::PREFIX, memory::SERVICES[0]);
-    let line = |arm: &'static str| {
-        let point = |tasks: &usize| {
-            Some((*tasks as f64, number(find(rows, &measure, &format!("{tasks} tasks"), arm)?)?))
+    let of = |services: usize| -> Vec<Line<'_>> {
+        let measure = format!("{}{services} services x 10: PSS and maps", memory::PREFIX);
+        let line = |arm: &'static str| {
+            let point = |tasks: &usize| {
+                Some((*tasks as f64, number(find(rows, &measure, &format!("{tasks} tasks"), arm)?)?))
+            };
+            (arm, color(arm), memory::TASKS.iter().filter_map(point).collect::<Vec<_>>())
         };
-        (arm, color(arm), memory::TASKS.iter().filter_map(point).collect::<Vec<_>>())
+        KINDS.iter().map(|kind| line(kind.name)).filter(|(_, _, points)| !points.is_empty()).collect()
     };
-    let drawn: Vec<Line<'_>> =
-        KINDS.iter().map(|kind| line(kind.name)).filter(|(_, _, points)| !points.is_empty()).collect();
-    if drawn.is_empty() {
+    let all = memory::SERVICES.map(|services| (services, of(services)));
+    if all.iter().all(|(_, drawn)| drawn.is_empty()) {
         return Ok(false);
     }
     let area = area(path)?;
-    lines(&area, "Memory, 10 services", ["tasks", "MiB"], (0.9..110.0).log_scale(), 4, &drawn)?;
+    let (left, right) = area.split_horizontally(SIZE.0 / 2);
+    for (side, (services, drawn)) in
+        [left, right].into_iter().zip(all).filter(|(_, (_, drawn))| !drawn.is_empty())
+    {
+        let title = format!("{services} services");
+        lines(&side, &title, ["tasks", "MiB"], (0.9..110.0).log_scale(), 4, &drawn)?;
+    }
     area.present().map_err(bad)?;
     Ok(true)
 }
@@ -188,11 +200,10 @@ fn scale(rows: &[Value], path: &Path) -> anyhow::Result<bool> {
 /// A row of dots for each arm: failed requests in each tenth of a second.
 fn timeline(rows: &[Value], path: &Path) -> anyhow::Result<bool> {
     let events = [failover::Event::Killed, failover::Event::BlackHoled];
-    let measure = |event: failover::Event| {
-        format!("{}{}, {}: failed requests", failover::PREFIX, event.name(), failover::CLIENTS[0].0)
-    };
+    let measure = |event| failover::measure_of(event, failover::CLIENTS[0].0, failover::VALUES[0]);
     let seen = |event, arm: &str| find(rows, &measure(event), Topology::Namespaces.name(), arm);
-    let arms: Vec<_> = KINDS.iter().rev().filter(|kind| events.iter().any(|e| seen(*e, kind.name).is_some())).collect();
+    let arms: Vec<_> =
+        KINDS.iter().rev().filter(|kind| events.iter().any(|e| seen(*e, kind.name).is_some())).collect();
     if arms.is_empty() {
         return Ok(false);
     }
@@ -210,7 +221,10 @@ fn timeline(rows: &[Value], path: &Path) -> anyhow::Result<bool> {
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an index")]
         let name = |y: &f64| {
             let whole = y.fract() == 0.0 && *y >= 0.0;
-            whole.then(|| names.get(*y as usize)).flatten().map_or_else(String::new, |name| (*name).to_owned())
+            whole
+                .then(|| names.get(*y as usize))
+                .flatten()
+                .map_or_else(String::new, |name| (*name).to_owned())
         };
         chart
             .configure_mesh()
@@ -225,7 +239,11 @@ fn timeline(rows: &[Value], path: &Path) -> anyhow::Result<bool> {
             let bins = seen(event, arm).and_then(|row| row["timeline"].as_array()).into_iter().flatten();
             let dot = |bin: &Value| {
                 let (at, count) = (bin[0].as_f64()? / 1e3, bin[1].as_f64()?);
-                Some(Circle::new((at, y as f64), (count.sqrt() * 3.0).min(12.0), color(arm).mix(0.6).filled()))
+                Some(Circle::new(
+                    (at, y as f64),
+                    (count.sqrt() * 3.0).min(12.0),
+                    color(arm).mix(0.6).filled(),
+                ))
             };
             chart.draw_series(bins.filter_map(dot)).map_err(bad)?;
         }

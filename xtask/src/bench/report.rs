@@ -107,19 +107,103 @@ fn all_goals() -> Vec<Goal> {
     let all = "HTTP keep-alive";
     let each = "HTTP, a connection for each request";
     vec![
-        goal("keep-alive, p50, relative to direct", &format!("{one}: p50"), "mesh", Of::VsDirect, true, 1.002),
+        goal(
+            "keep-alive, p50, relative to direct",
+            &format!("{one}: p50"),
+            "mesh",
+            Of::VsDirect,
+            true,
+            1.002,
+        ),
         goal("keep-alive, p99, relative to direct", &format!("{one}: p99"), "mesh", Of::VsDirect, true, 1.01),
-        goal("keep-alive, requests/s, relative to direct", &format!("{all}: requests"), "mesh", Of::VsDirect, false, 0.998),
-        goal("runs of mesh's programs meanwhile", &format!("{one}: runs of mesh's programs meanwhile"), "mesh", Of::Value, true, 0.0),
-        goal("TCP round trips, p50, relative to direct", "TCP round trips: p50", "mesh", Of::VsDirect, true, 1.002),
-        goal("throughput, relative to direct", "TCP throughput: throughput", "mesh", Of::VsDirect, false, 0.998),
-        goal("keep-alive, requests/s, relative to the Envoy pair", &format!("{all}: requests"), "envoy-pair-http", Of::MeshVs, false, 10.0),
-        goal("a connection for each request, relative to the Envoy pair", &format!("{each}: requests"), "envoy-pair-http", Of::MeshVs, false, 3.0),
-        goal("connects/s, relative to direct", "TCP connects, one after the other: rate", "mesh", Of::VsDirect, false, 0.97),
-        goal("connects/s, relative to iptables", "TCP connects, one after the other: rate", "iptables", Of::MeshVs, false, 1.0),
-        goal("connects/s, relative to nft", "TCP connects, one after the other: rate", "nft", Of::MeshVs, false, 1.0),
-        goal("CPU seconds for a million requests, above direct", &format!("{all}: CPU seconds for a million requests"), "mesh", Of::OverDirect, true, 0.05),
-        goal("CPU seconds for a million connections, above direct", "TCP connects: CPU seconds for a million connections", "mesh", Of::OverDirect, true, 0.4),
+        goal(
+            "keep-alive, requests/s, relative to direct",
+            &format!("{all}: requests"),
+            "mesh",
+            Of::VsDirect,
+            false,
+            0.998,
+        ),
+        goal(
+            "runs of mesh's programs meanwhile",
+            &format!("{one}: runs of mesh's programs meanwhile"),
+            "mesh",
+            Of::Value,
+            true,
+            0.0,
+        ),
+        goal(
+            "TCP round trips, p50, relative to direct",
+            "TCP round trips: p50",
+            "mesh",
+            Of::VsDirect,
+            true,
+            1.002,
+        ),
+        goal(
+            "throughput, relative to direct",
+            "TCP throughput: throughput",
+            "mesh",
+            Of::VsDirect,
+            false,
+            0.998,
+        ),
+        goal(
+            "keep-alive, requests/s, relative to the Envoy pair",
+            &format!("{all}: requests"),
+            "envoy-pair-http",
+            Of::MeshVs,
+            false,
+            10.0,
+        ),
+        goal(
+            "a connection for each request, relative to the Envoy pair",
+            &format!("{each}: requests"),
+            "envoy-pair-http",
+            Of::MeshVs,
+            false,
+            3.0,
+        ),
+        goal(
+            "connects/s, relative to direct",
+            "TCP connects, one after the other: rate",
+            "mesh",
+            Of::VsDirect,
+            false,
+            0.97,
+        ),
+        goal(
+            "connects/s, relative to iptables",
+            "TCP connects, one after the other: rate",
+            "iptables",
+            Of::MeshVs,
+            false,
+            1.0,
+        ),
+        goal(
+            "connects/s, relative to nft",
+            "TCP connects, one after the other: rate",
+            "nft",
+            Of::MeshVs,
+            false,
+            1.0,
+        ),
+        goal(
+            "CPU seconds for a million requests, above direct",
+            &format!("{all}: CPU seconds for a million requests"),
+            "mesh",
+            Of::OverDirect,
+            true,
+            0.05,
+        ),
+        goal(
+            "CPU seconds for a million connections, above direct",
+            "TCP connects: CPU seconds for a million connections",
+            "mesh",
+            Of::OverDirect,
+            true,
+            0.4,
+        ),
         of_memory("PSS of the daemon, 100 tasks, 1,000 services, 10,000 backends, MiB", "PSS", true, 15.0),
         of_memory("its maps, MiB", "maps", true, 8.0),
         of_memory("idle CPU, ms/s", "idle CPU", true, 0.1),
@@ -162,7 +246,8 @@ fn derived_goals(rows: &[Value]) -> String {
             text += &format!("| {what} | {goal} | {} | - | {verdict} |\n", rounded(value));
         }
     };
-    let number = |measure: &str, topology: &str, arm: &str| find(rows, measure, topology, arm)?["value"].as_f64();
+    let number =
+        |measure: &str, topology: &str, arm: &str| find(rows, measure, topology, arm)?["value"].as_f64();
     let connect = |arm: &str| number("connect tcp", "loopback", arm);
     let added = connect("mesh").zip(connect("direct")).map(|(mesh, direct)| mesh - direct);
     add("ns added to `connect()`", "≤ 250", added, |ns| ns <= 250.0);
@@ -172,8 +257,9 @@ fn derived_goals(rows: &[Value]) -> String {
     let further = pss(1, "mesh", "PSS").zip(pss(100, "mesh", "PSS"));
     let further = further.map(|(one, all)| (all - one).max(0.0) / 99.0 * 1024.0);
     add("memory of a further task, KiB", "≤ 1", further, |kib| kib <= 1.0);
-    let both = "PSS and maps";
-    let most = memory::TASKS.iter().rev().find_map(|tasks| Some((*tasks, pss(*tasks, "envoy-pair-http", both)?)));
+    let both = memory::BOTH;
+    let most =
+        memory::TASKS.iter().rev().find_map(|tasks| Some((*tasks, pss(*tasks, "envoy-pair-http", both)?)));
     if let Some(((tasks, envoys), mesh)) = most.zip(pss(100, "mesh", both)) {
         let what = if tasks == 100 {
             "memory of 100 Envoys, relative to mesh".to_owned()
@@ -204,7 +290,8 @@ fn interval((value, low, high): (f64, f64, f64)) -> String {
 /// One line a measure, one column an arm.
 fn arms(rows: &[Value], topology: Topology) -> String {
     let ours = |row: &&Value| {
-        row["topology"] == topology.name() && row["measure"].as_str().is_some_and(|m| m.starts_with(load::PREFIX))
+        row["topology"] == topology.name()
+            && row["measure"].as_str().is_some_and(|m| m.starts_with(load::PREFIX))
     };
     let rows: Vec<_> = rows.iter().filter(ours).collect();
     let mut measures: Vec<(&str, &str)> = Vec::new();
@@ -245,7 +332,10 @@ fn arms(rows: &[Value], topology: Topology) -> String {
     }
     let missing = rows.iter().filter_map(|row| {
         let (arm, why) = (row["arm"].as_str()?, row["missing"].as_str()?);
-        Some(format!("- {arm} is missing in {}: {why}\n", row["measure"].as_str()?.trim_start_matches(load::PREFIX)))
+        Some(format!(
+            "- {arm} is missing in {}: {why}\n",
+            row["measure"].as_str()?.trim_start_matches(load::PREFIX)
+        ))
     });
     text.extend(missing);
     let sum = |key: &str| rows.iter().filter_map(|row| row[key].as_u64()).sum::<u64>();
@@ -261,16 +351,20 @@ fn failovers(rows: &[Value]) -> String {
     let mut text = String::new();
     for event in failover::Event::ALL {
         let number = |arm: &str, client: &str, value: &str| {
-            let measure = format!("{}{}, {client}: {value}", failover::PREFIX, event.name());
+            let measure = failover::measure_of(event, client, value);
             find(rows, &measure, Topology::Namespaces.name(), arm)?["value"].as_f64()
         };
         let mut lines = String::new();
         for kind in &KINDS {
             let cells = failover::CLIENTS.map(|(client, _)| {
-                let cells = failover::VALUES.map(|value| number(kind.name, client, value).map_or_else(|| "-".into(), rounded));
+                let cells = failover::VALUES
+                    .map(|value| number(kind.name, client, value).map_or_else(|| "-".into(), rounded));
                 cells.join(" | ")
             });
-            if failover::CLIENTS.iter().any(|(client, _)| number(kind.name, client, failover::VALUES[0]).is_some()) {
+            if failover::CLIENTS
+                .iter()
+                .any(|(client, _)| number(kind.name, client, failover::VALUES[0]).is_some())
+            {
                 lines += &format!("| {} | {} |\n", kind.name, cells.join(" | "));
             }
         }
@@ -290,14 +384,16 @@ fn failovers(rows: &[Value]) -> String {
 fn memory(rows: &[Value]) -> String {
     let mut text = String::new();
     for services in memory::SERVICES {
-        for what in ["PSS and maps", "PSS", "PSS without files", "maps", "idle CPU"] {
+        for what in [memory::BOTH, "PSS", "PSS without files", "maps", "idle CPU"] {
             for arm in ["mesh", "envoy-pair-http"] {
                 let measure = format!("{}{services} services x 10: {what}", memory::PREFIX);
                 let row = |tasks: &usize| find(rows, &measure, &format!("{tasks} tasks"), arm);
-                let cell = |tasks: &usize| row(tasks).map_or_else(String::new, |row| {
-                    let value = row["value"].as_f64().map(rounded);
-                    value.unwrap_or_else(|| row["missing"].as_str().unwrap_or_default().to_owned())
-                });
+                let cell = |tasks: &usize| {
+                    row(tasks).map_or_else(String::new, |row| {
+                        let value = row["value"].as_f64().map(rounded);
+                        value.unwrap_or_else(|| row["missing"].as_str().unwrap_or_default().to_owned())
+                    })
+                };
                 if memory::TASKS.iter().any(|tasks| row(tasks).is_some()) {
                     let unit = if what == "idle CPU" { "ms/s" } else { "MiB" };
                     let cells = memory::TASKS.each_ref().map(cell).join(" | ");
@@ -307,23 +403,34 @@ fn memory(rows: &[Value]) -> String {
         }
     }
     if !text.is_empty() {
-        text = format!("| tasks | | {} |\n|---|---|---|---|---|---|\n{text}\n", memory::TASKS.map(|tasks| tasks.to_string()).join(" | "));
+        text = format!(
+            "| tasks | | {} |\n|---|---|---|---|---|---|\n{text}\n",
+            memory::TASKS.map(|tasks| tasks.to_string()).join(" | ")
+        );
     }
     let starts = rows.iter().filter(|row| row["measure"] == memory::STARTUP).map(line).collect::<String>();
     if !starts.is_empty() {
         text += &format!("{}{starts}\n", super::HEAD);
     }
-    if text.is_empty() { text } else { format!("## Memory, idle CPU, start of a task\n\n{}\n\n{text}", memory::ABOUT) }
+    if text.is_empty() {
+        text
+    } else {
+        format!("## Memory, idle CPU, start of a task\n\n{}\n\n{text}", memory::ABOUT)
+    }
 }
 
 /// The README's table: one line an arm.
 pub(super) fn summary(rows: &[Value]) -> String {
-    let of_load = |measure: &str, arm: &str| find(rows, &format!("{}{measure}", load::PREFIX), Topology::Namespaces.name(), arm);
+    let of_load = |measure: &str, arm: &str| {
+        find(rows, &format!("{}{measure}", load::PREFIX), Topology::Namespaces.name(), arm)
+    };
     let cell = |row: Option<&Value>, unit: &str| {
-        row.and_then(|row| row["value"].as_f64()).map_or_else(|| "-".into(), |value| format!("{}{unit}", rounded(value)))
+        row.and_then(|row| row["value"].as_f64())
+            .map_or_else(|| "-".into(), |value| format!("{}{unit}", rounded(value)))
     };
     let killed = |arm: &str| {
-        let measure = format!("{}{}, {}: {}", failover::PREFIX, failover::Event::Killed.name(), failover::CLIENTS[0].0, failover::VALUES[0]);
+        let measure =
+            failover::measure_of(failover::Event::Killed, failover::CLIENTS[0].0, failover::VALUES[0]);
         find(rows, &measure, Topology::Namespaces.name(), arm)
     };
     let mut lines = String::new();
@@ -364,7 +471,7 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    fn row(measure: &str, arm: &str, value: f64, versus: Value) -> Value {
+    fn row(measure: &str, arm: &str, value: f64, versus: &Value) -> Value {
         json!({"measure": measure, "topology": "namespaces", "arm": arm, "value": value, "unit": "us", "vs_direct": versus})
     }
 
@@ -372,7 +479,7 @@ mod tests {
     fn a_goal_is_judged_by_its_interval() {
         let measure = "load: TCP round trips: p50";
         let judged = |ratio: f64, low: f64, high: f64| {
-            goals(&[row(measure, "mesh", 20.0, json!({"ratio": ratio, "low": low, "high": high}))])
+            goals(&[row(measure, "mesh", 20.0, &json!({"ratio": ratio, "low": low, "high": high}))])
         };
         assert!(judged(1.001, 0.99, 1.01).ends_with("| met |\n\n"));
         assert!(judged(1.01, 1.0, 1.02).ends_with("| not decided |\n\n"));
@@ -382,10 +489,10 @@ mod tests {
 
     #[test]
     fn an_arm_that_did_not_start_is_named_with_its_reason() {
-        let mut missing = row("load: all", "nft", 0.0, Value::Null);
+        let mut missing = row("load: all", "nft", 0.0, &Value::Null);
         missing["value"] = Value::Null;
         missing["missing"] = json!("no such program");
-        let rows = [row("load: TCP round trips: p50", "direct", 20.0, Value::Null), missing];
+        let rows = [row("load: TCP round trips: p50", "direct", 20.0, &Value::Null), missing];
         let text = arms(&rows, Topology::Namespaces);
         assert!(text.contains("- nft is missing in all: no such program\n"), "{text}");
         assert!(text.contains("| TCP round trips: p50, us | 20.0 |"), "{text}");

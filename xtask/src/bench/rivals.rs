@@ -214,7 +214,9 @@ pub(super) fn fill(template: &str, services: &[Vec<(&str, String)>], all: &[(&st
         values.iter().fold(text.to_owned(), |text, (name, value)| text.replace(name, value))
     };
     let (mut filled, mut repeated) = (String::new(), None);
-    for line in template.lines().filter(|line| !line.starts_with("# ") || ["# each", "# end"].contains(&line.trim())) {
+    for line in
+        template.lines().filter(|line| !line.starts_with("# ") || ["# each", "# end"].contains(&line.trim()))
+    {
         match (line.trim(), &mut repeated) {
             ("# each", _) => repeated = Some(String::new()),
             ("# end", Some(part)) => {
@@ -257,7 +259,11 @@ pub(super) fn load_assignment(cluster: &str, endpoints: &[(SocketAddr, State)]) 
 }
 
 /// Tells an Envoy the endpoints of a cluster; it watches for the file to be moved there.
-pub(super) fn write_endpoints(dir: &Path, cluster: &str, endpoints: &[(SocketAddr, State)]) -> anyhow::Result<()> {
+pub(super) fn write_endpoints(
+    dir: &Path,
+    cluster: &str,
+    endpoints: &[(SocketAddr, State)],
+) -> anyhow::Result<()> {
     let mut assignment = load_assignment(cluster, endpoints);
     assignment["@type"] = "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment".into();
     let response = json!({"resources": [assignment]});
@@ -332,7 +338,13 @@ fn tell_envoy(
 pub(super) fn run_envoy(mut command: Command, dir: &Path, config: &str) -> anyhow::Result<Process> {
     let path = dir.join("envoy.yaml");
     fs::write(&path, config)?;
-    command.arg("-c").arg(&path).args(["--disable-hot-restart", "--concurrency", "2", "--log-level", "warning"]);
+    command.arg("-c").arg(&path).args([
+        "--disable-hot-restart",
+        "--concurrency",
+        "2",
+        "--log-level",
+        "warning",
+    ]);
     Process::start(&mut command, &dir.join("envoy.log"))
 }
 
@@ -429,7 +441,11 @@ struct Dnat {
 impl Dnat {
     fn start(site: &mut Site, nft: bool) -> anyhow::Result<Box<dyn Arm>> {
         let last = if nft { 11 } else { 10 };
-        let vip = if site.gateway.is_some() { Ipv4Addr::new(10, 96, 0, last) } else { Ipv4Addr::new(127, 96, 0, last) };
+        let vip = if site.gateway.is_some() {
+            Ipv4Addr::new(10, 96, 0, last)
+        } else {
+            Ipv4Addr::new(127, 96, 0, last)
+        };
         let mut arm =
             Self { nft, namespace: site.client.namespace.clone(), vip, backends: site.backends.clone() };
         arm.tell(&vec![State::Active; site.backends.len()])?;
@@ -451,7 +467,8 @@ fn iptables_rules(vip: Ipv4Addr, of: impl Fn(Service) -> Vec<SocketAddr>) -> Str
     for service in Service::ALL {
         let (name, backends) = (service.name().to_uppercase(), of(service));
         chains += &format!(":KUBE-SVC-{name} - [0:0]\n");
-        rules += &format!("-A KUBE-SERVICES -d {vip}/32 -p tcp --dport {} -j KUBE-SVC-{name}\n", service.port());
+        rules +=
+            &format!("-A KUBE-SERVICES -d {vip}/32 -p tcp --dport {} -j KUBE-SVC-{name}\n", service.port());
         for (number, backend) in backends.iter().enumerate() {
             chains += &format!(":KUBE-SEP-{name}{number} - [0:0]\n");
             let left = backends.len() - number;
@@ -464,14 +481,17 @@ fn iptables_rules(vip: Ipv4Addr, of: impl Fn(Service) -> Vec<SocketAddr>) -> Str
             rules += &format!("-A KUBE-SEP-{name}{number} -p tcp -j DNAT --to-destination {backend}\n");
         }
     }
-    format!("*nat\n:KUBE-SERVICES - [0:0]\n{chains}-A OUTPUT -j KUBE-SERVICES\n-A PREROUTING -j KUBE-SERVICES\n{rules}COMMIT\n")
+    format!(
+        "*nat\n:KUBE-SERVICES - [0:0]\n{chains}-A OUTPUT -j KUBE-SERVICES\n-A PREROUTING -j KUBE-SERVICES\n{rules}COMMIT\n"
+    )
 }
 
 fn nft_rules(vip: Ipv4Addr, of: impl Fn(Service) -> Vec<SocketAddr>) -> String {
     let mut rules = String::new();
     for service in Service::ALL {
         let backends = of(service);
-        let map = backends.iter().enumerate().map(|(number, at)| format!("{number} : {} . {}", at.ip(), at.port()));
+        let map =
+            backends.iter().enumerate().map(|(number, at)| format!("{number} : {} . {}", at.ip(), at.port()));
         let map = map.collect::<Vec<_>>().join(", ");
         if !backends.is_empty() {
             rules += &format!(
@@ -495,7 +515,8 @@ impl Arm for Dnat {
         let program: &[&str] = if self.nft { &["nft", "-f", "-"] } else { &["iptables-restore"] };
         let mut load = Command::new("nsenter");
         load.arg(format!("--net=/run/netns/{}", self.namespace)).args(program);
-        let mut child = load.stdin(Stdio::piped()).spawn().with_context(|| format!("cannot run {}", program[0]))?;
+        let mut child =
+            load.stdin(Stdio::piped()).spawn().with_context(|| format!("cannot run {}", program[0]))?;
         child.stdin.take().context("a pipe")?.write_all(self.rules(states).as_bytes())?;
         let status = child.wait()?;
         if !status.success() {

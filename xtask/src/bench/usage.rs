@@ -74,9 +74,8 @@ fn machine() -> anyhow::Result<Duration> {
 /// What the kernel's threads for packets used: nobody's, but the benchmark's doing.
 fn softirqs() -> Duration {
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten().map(|entry| entry.path());
-    let packets = |path: &Path| {
-        fs::read_to_string(path.join("comm")).is_ok_and(|name| name.starts_with("ksoftirqd/"))
-    };
+    let packets =
+        |path: &Path| fs::read_to_string(path.join("comm")).is_ok_and(|name| name.starts_with("ksoftirqd/"));
     processes.filter(|path| packets(path)).map(|path| of_process(&path)).sum()
 }
 

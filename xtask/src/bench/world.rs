@@ -285,7 +285,20 @@ impl World {
         self.plugged += 1;
         let (name, port) = (format!("{OURS}-{role}"), format!("p{}", self.plugged));
         self.namespaces.push(Namespace::new(name.clone())?);
-        ip(&["link", "add", "eth0", "netns", &name, "type", "veth", "peer", "name", &port, "netns", &self.switch])?;
+        ip(&[
+            "link",
+            "add",
+            "eth0",
+            "netns",
+            &name,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            &port,
+            "netns",
+            &self.switch,
+        ])?;
         ip(&["-n", &self.switch, "link", "set", &port, "master", "sw0", "up"])?;
         ip(&["-n", &name, "address", "add", &format!("10.77.0.{}/24", 100 + self.plugged), "dev", "eth0"])?;
         ip(&["-n", &name, "link", "set", "eth0", "up"])?;
@@ -323,8 +336,8 @@ impl World {
             (self.plug(arm)?, format!("{OURS}-server"))
         };
         let parent = cgroup2()?;
-        let cgroups = ["client", "proxy"]
-            .map(|role| Cgroup::new(parent.join(format!("{OURS}-{arm}-{role}"))));
+        let cgroups =
+            ["client", "proxy"].map(|role| Cgroup::new(parent.join(format!("{OURS}-{arm}-{role}"))));
         let [of_client, of_proxy] = cgroups;
         let (of_client, of_proxy) = (of_client?, of_proxy?);
         let dir = self.dir.join(arm);
@@ -365,7 +378,8 @@ impl Servers {
         let dir = dir.join(&place.namespace);
         fs::create_dir_all(&dir)?;
         let mut others = Vec::new();
-        let at = |service: Service| addresses.iter().map(move |ip| SocketAddr::new(*ip, service.backend_port()));
+        let at =
+            |service: Service| addresses.iter().map(move |ip| SocketAddr::new(*ip, service.backend_port()));
         let greet = at(Service::Greet).map(|address| address.to_string());
         others.push(Process::start(place.part("greet")?.args(greet), &dir.join("greet.log"))?);
         let mut sockperf = place.command("sockperf");
