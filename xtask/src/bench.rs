@@ -91,7 +91,7 @@ impl Part {
             Self::Memory => memory::measure(effort),
             Self::Policies => policies::measure(batches),
             Self::Names => names::measure(batches),
-            Self::Scale => scale::measure(),
+            Self::Scale => scale::measure(effort.changes),
         }
     }
 
@@ -128,6 +128,8 @@ struct Effort {
     failovers: usize,
     /// In percent of direct's maximum.
     loads: &'static [u32],
+    /// Of the changes of tables, in percent.
+    changes: u32,
     /// How often a task is started.
     starts: usize,
     /// How long nothing is done.
@@ -159,14 +161,15 @@ impl Effort {
             Args { full: true, .. } => Mode::Full,
             _ => Mode::Usual,
         };
-        let (batches, failovers, starts, idle) = match mode {
-            Mode::Quick => (2, 1, 2, 1),
-            Mode::Usual => (10, 1, 5, 5),
-            Mode::Full => (50, 5, 15, 20),
+        let (batches, changes, failovers, starts, idle) = match mode {
+            Mode::Quick => (2, 5, 1, 2, 1),
+            Mode::Usual => (10, 50, 1, 5, 3),
+            Mode::Full => (50, 100, 5, 15, 20),
         };
         Self {
             mode,
             batches,
+            changes,
             failovers,
             starts,
             idle: Duration::from_secs(idle),
@@ -193,7 +196,7 @@ impl Effort {
     fn topologies(&self) -> Vec<(Topology, usize)> {
         match self.mode {
             Mode::Quick => vec![(Topology::Namespaces, 2)],
-            Mode::Usual => vec![(Topology::Namespaces, 6), (Topology::Loopback, 2)],
+            Mode::Usual => vec![(Topology::Namespaces, 5), (Topology::Loopback, 2)],
             Mode::Full => vec![(Topology::Namespaces, 20), (Topology::Pinned, 10), (Topology::Loopback, 10)],
         }
     }

@@ -9,7 +9,7 @@ use std::{
     io::{BufRead, BufReader, Lines, Write},
     path::PathBuf,
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail, ensure};
@@ -341,8 +341,13 @@ impl Table<'_> {
         let mut slices: Vec<Slices> = arms.iter().map(|_| Slices::default()).collect();
         let mesh = setup.running.iter().find_map(|running| running.arm.node()).filter(|_| short.still);
         let counted = mesh.map(Runs::count).transpose()?;
+        let start = Instant::now();
         for round in 0..self.rounds * SHORT_ROUNDS {
             check_interrupted()?;
+            // Slices have a number of requests, not a length: a slow machine has fewer rounds.
+            if round % 2 == 0 && start.elapsed() > SHORT_LIMIT * u32::try_from(self.rounds)? {
+                break;
+            }
             let before = Usage::now([])?;
             let mut taken: Vec<_> = arms.iter().map(|_| None).collect();
             for arm in order(arms.len(), round) {
@@ -383,8 +388,9 @@ struct Short {
     still: bool,
 }
 
-/// Rounds of short slices for each of the others.
+/// Rounds of short slices for each of the others, and how long they may take.
 const SHORT_ROUNDS: usize = 20;
+const SHORT_LIMIT: Duration = Duration::from_secs(8);
 
 const SHORTS: [Short; 2] = [
     Short {

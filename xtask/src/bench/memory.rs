@@ -143,7 +143,7 @@ impl Table<'_> {
                 let cgroup = node.cgroup.join(format!("task-{}", tasks.len()));
                 tasks.push(Task::start(world, tasks.len(), cgroup)?);
             }
-            thread::sleep(SETTLE);
+            thread::sleep(if self.effort.quick() { SETTLE / 3 } else { SETTLE });
             self.row("PSS without files", count, "mesh", mib(pss(pid, "Pss_Anon:")?), "MiB");
             let pss = mib(pss(pid, "Pss:")?);
             self.row("PSS", count, "mesh", pss, "MiB");
@@ -201,7 +201,7 @@ impl Table<'_> {
                     }
                 }
             }
-            thread::sleep(SETTLE);
+            thread::sleep(if self.effort.quick() { SETTLE / 3 } else { SETTLE });
             let pss = envoys.iter().map(|envoy| pss(envoy.id(), "Pss:")).sum::<anyhow::Result<u64>>()?;
             self.row(BOTH, count, ENVOY, mib(pss), "MiB");
             let cgroups: Vec<_> = tasks.iter().map(|task| task.place.cgroup.clone()).collect();

@@ -16,7 +16,7 @@ use anyhow::{Context, bail, ensure};
 use rustix::net::sockopt::set_socket_linger;
 
 /// How long the first answer may take.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a client waits for an answer.
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// Of the client with a rate: more than are stuck at a time where one backend of three is silent.

@@ -12,7 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use rustix::{
     fs::{FlockOperation, flock},
     io::Errno,
@@ -123,7 +123,8 @@ impl Place {
             // That it accepts has to do.
             Service::Echo | Service::Bulk => {}
         }
-        Ok(Duration::from_micros(output(&mut call)?.trim().parse()?))
+        let took = output(&mut call).map_err(|_| anyhow!("{at} does not answer"))?;
+        Ok(Duration::from_micros(took.trim().parse()?))
     }
 }
 
