@@ -1,7 +1,11 @@
 //! What mesh costs, against direct connects.
 
-use std::fs;
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
+use anyhow::ensure;
 use serde_json::{Value, json};
 
 use crate::{
@@ -11,23 +15,39 @@ use crate::{
 
 mod arms;
 mod connect;
+mod failover;
+mod load;
+mod memory;
 mod names;
+mod parts;
+mod plots;
 mod policies;
 mod readme;
+mod report;
+mod rivals;
 mod scale;
 mod stats;
+mod usage;
+mod world;
 
 pub(crate) use connect::{ClientArgs, client};
+pub(crate) use parts::{Args as PartArgs, run as part};
+use world::Topology;
+
 pub(crate) use policies::{ClientArgs as LoadClientArgs, client as load_client};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// A fifth of the rounds.
+    /// Fewer rounds, and not every measure: under 3 minutes. By default it is under 20.
     #[arg(long, conflicts_with = "full")]
     quick: bool,
-    /// Five times the rounds.
+    /// More rounds, and all measures in every topology: hours.
     #[arg(long)]
     full: bool,
+    /// Keep slices in which others used the machine too, to try the benchmark out: the report goes to
+    /// target/mesh-bench.
+    #[arg(long)]
+    noisy: bool,
     /// One part alone; what the report says of the others stays in it.
     #[arg(long)]
     only: Option<Part>,
@@ -38,19 +58,27 @@ pub(crate) struct Args {
 #[derive(Clone, Copy, clap::ValueEnum, PartialEq, Eq)]
 enum Part {
     Connect,
+    /// The arms: mesh, sidecars, other proxies, NAT.
+    Load,
+    /// One backend of three goes, in every arm.
+    Failover,
+    /// Memory, idle CPU and start of tasks.
+    Memory,
     Policies,
     Names,
     Scale,
 }
 
 impl Part {
-    const ALL: [Self; 4] = [Self::Connect, Self::Policies, Self::Names, Self::Scale];
+    const ALL: [Self; 7] =
+        [Self::Connect, Self::Load, Self::Failover, Self::Memory, Self::Policies, Self::Names, Self::Scale];
 
     fn name(self) -> String {
         clap::ValueEnum::to_possible_value(&self).expect("every part has a name").get_name().to_owned()
     }
 
-    fn measure(self, batches: usize) -> anyhow::Result<Vec<Value>> {
+    fn measure(self, effort: &Effort) -> anyhow::Result<Vec<Value>> {
+        let batches = effort.batches;
         match self {
             Self::Connect => {
                 let mut bench = arms::Bench::start()?;
@@ -58,9 +86,12 @@ impl Part {
                 rows.extend(connect::hook_times(&mut bench, batches)?);
                 Ok(rows)
             }
+            Self::Load => load::measure(effort),
+            Self::Failover => failover::measure(effort),
+            Self::Memory => memory::measure(effort),
             Self::Policies => policies::measure(batches),
             Self::Names => names::measure(batches),
-            Self::Scale => scale::measure(),
+            Self::Scale => scale::measure(effort.changes),
         }
     }
 
@@ -69,6 +100,12 @@ impl Part {
         let measure = row["measure"].as_str().unwrap_or_default();
         let of = if scale::is_ours(row) {
             Self::Scale
+        } else if measure.starts_with(load::PREFIX) {
+            Self::Load
+        } else if measure.starts_with(failover::PREFIX) {
+            Self::Failover
+        } else if measure.starts_with(memory::PREFIX) {
+            Self::Memory
         } else if names::is_ours(row) {
             Self::Names
         } else if measure.starts_with(policies::MEASURE) {
@@ -80,37 +117,135 @@ impl Part {
     }
 }
 
+/// How much is measured.
+struct Effort {
+    mode: Mode,
+    /// Of the parts that have batches.
+    batches: usize,
+    /// Of the arms' slices.
+    slice: Duration,
+    /// How often each failover is tried.
+    failovers: usize,
+    /// In percent of direct's maximum.
+    loads: &'static [u32],
+    /// Of the changes of tables, in percent.
+    changes: u32,
+    /// How often a task is started.
+    starts: usize,
+    /// How long nothing is done.
+    idle: Duration,
+    noisy: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Mode {
+    Quick,
+    Usual,
+    Full,
+}
+
+impl Mode {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Quick => "quick",
+            Self::Usual => "usual",
+            Self::Full => "full",
+        }
+    }
+}
+
+impl Effort {
+    fn new(args: &Args) -> Self {
+        let mode = match args {
+            Args { quick: true, .. } => Mode::Quick,
+            Args { full: true, .. } => Mode::Full,
+            _ => Mode::Usual,
+        };
+        let (batches, changes, failovers, starts, idle) = match mode {
+            Mode::Quick => (2, 5, 1, 2, 1),
+            Mode::Usual => (10, 50, 1, 5, 3),
+            Mode::Full => (50, 100, 5, 15, 20),
+        };
+        Self {
+            mode,
+            batches,
+            changes,
+            failovers,
+            starts,
+            idle: Duration::from_secs(idle),
+            slice: Duration::from_secs(1),
+            loads: if mode == Mode::Quick { &[50] } else { &[25, 50, 75] },
+            noisy: args.noisy,
+        }
+    }
+
+    /// Envoys that are started for their memory.
+    fn most_envoys(&self, services: usize) -> usize {
+        match (self.mode, services > 100) {
+            (Mode::Full, _) | (Mode::Usual, false) => usize::MAX,
+            (Mode::Usual, true) => 10,
+            (Mode::Quick, _) => 1,
+        }
+    }
+
+    fn quick(&self) -> bool {
+        self.mode == Mode::Quick
+    }
+
+    /// What the arms are compared in, and in how many rounds.
+    fn topologies(&self) -> Vec<(Topology, usize)> {
+        match self.mode {
+            Mode::Quick => vec![(Topology::Namespaces, 2)],
+            Mode::Usual => vec![(Topology::Namespaces, 5), (Topology::Loopback, 2)],
+            Mode::Full => vec![(Topology::Namespaces, 20), (Topology::Pinned, 10), (Topology::Loopback, 10)],
+        }
+    }
+}
+
 pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     if !args.built {
         build::mesh()?;
         if args.only.is_none_or(|only| only == Part::Names) {
             setup::name_servers()?;
         }
+        if args.only.is_none_or(|only| matches!(only, Part::Load | Part::Failover | Part::Memory)) {
+            setup::rivals()?;
+        }
     }
-    let mode = if args.quick { Some("--quick") } else { args.full.then_some("--full") };
     let only = args.only.map(|part| format!("--only={}", part.name()));
     let mut again = vec!["bench", "--built"];
     again.extend(only.as_deref());
-    if let Some(result) = again_as_root(&again, mode) {
+    let flags = [(args.quick, "--quick"), (args.full, "--full"), (args.noisy, "--noisy")];
+    again.extend(flags.into_iter().filter_map(|(given, flag)| given.then_some(flag)));
+    if let Some(result) = again_as_root(&again, None) {
         return result;
     }
-    let batches = if args.quick {
-        2
-    } else if args.full {
-        50
-    } else {
-        10
-    };
+    world::catch_interrupts()?;
+    let effort = Effort::new(args);
+    let load_before = load()?;
     let mut rows = match args.only {
         Some(_) => earlier()?,
         None => Vec::new(),
     };
+    let mut failed = Vec::new();
     for part in Part::ALL.into_iter().filter(|part| args.only.is_none_or(|only| only == *part)) {
         let at = rows.iter().position(|row| part.has(row)).unwrap_or(rows.len());
         rows.retain(|row| !part.has(row));
-        rows.splice(at..at, part.measure(batches)?);
+        let start = Instant::now();
+        match part.measure(&effort) {
+            Ok(measured) => drop(rows.splice(at..at, measured)),
+            Err(error) => {
+                world::check_interrupted()?;
+                eprintln!("bench: {} failed: {error:#}", part.name());
+                failed.push(part.name());
+            }
+        }
+        eprintln!("bench: {} took {} s", part.name(), start.elapsed().as_secs());
+        world::check_interrupted()?;
     }
-    report(&rows, batches)
+    report(&rows, &effort, &load_before)?;
+    ensure!(failed.is_empty(), "not measured: {}", failed.join(", "));
+    Ok(())
 }
 
 /// The rows of the last report, if there is one.
@@ -124,37 +259,44 @@ fn earlier() -> anyhow::Result<Vec<Value>> {
     }
 }
 
-fn report(rows: &[Value], batches: usize) -> anyhow::Result<()> {
+fn load() -> anyhow::Result<String> {
+    let load = fs::read_to_string("/proc/loadavg")?;
+    Ok(load.split(' ').next().unwrap_or_default().to_owned())
+}
+
+fn report(rows: &[Value], effort: &Effort, load_before: &str) -> anyhow::Result<()> {
     let meta = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "commit": commit(),
+        "mode": effort.mode.name(),
         "kernel": fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
         "cpus": std::thread::available_parallelism()?.get(),
-        "load": fs::read_to_string("/proc/loadavg")?.trim(),
-        "slices_per_arm": batches * connect::ROUNDS,
+        "load_before": load_before,
+        "load": load()?,
+        "noisy": effort.noisy,
+        "slices_per_arm": effort.batches * connect::ROUNDS,
         "calls_per_slice": connect::SLICE,
         "name_servers": names::versions(),
+        "versions": rivals::versions(),
         "note": "direct sockets are outside the managed cgroup, but on the same kernel: the static key that any \
                  attached connect program turns on is in every arm",
     });
-    let dir = root().join("bench/report");
+    // What was measured beside others' work is not kept.
+    let dir = root().join(if effort.noisy { "target/mesh-bench/report" } else { "bench/report" });
     fs::create_dir_all(&dir)?;
-    let markdown = markdown(rows);
     let report = json!({"meta": meta, "rows": rows});
+    let pictures = plots::draw(rows, &dir)?;
+    let markdown = report::markdown(&report, &pictures);
     fs::write(dir.join("report.json"), serde_json::to_string_pretty(&report)? + "\n")?;
     fs::write(dir.join("report.md"), &markdown)?;
-    readme::update(&report)?;
+    if !effort.noisy {
+        readme::update(&report)?;
+    }
     println!("{markdown}\nwritten to {}", dir.display());
     Ok(())
 }
 
 const HEAD: &str = "| measure | arm | median | vs direct (95 % interval) |\n|---|---|---|---|\n";
-
-fn markdown(rows: &[Value]) -> String {
-    let of_connects = rows.iter().filter(|row| !scale::is_ours(row) && !names::is_ours(row));
-    let lines: String = of_connects.map(line).collect();
-    format!("{HEAD}{lines}{}{}", names::markdown(rows), scale::markdown(rows))
-}
 
 fn line(row: &Value) -> String {
     let word = |key: &str| row[key].as_str().unwrap_or_default();

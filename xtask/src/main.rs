@@ -52,6 +52,9 @@ enum Command {
     /// The client of the benchmark's load: requests at a fixed rate from inside a cgroup.
     #[command(hide = true)]
     BenchLoadClient(bench::LoadClientArgs),
+    /// What runs inside a task of the benchmark.
+    #[command(hide = true)]
+    BenchPart(bench::PartArgs),
     /// A backend of the example: prints its port, answers HTTP with its name.
     #[command(hide = true)]
     ExampleBackend { name: String },
@@ -69,6 +72,7 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::BenchClient(args) => bench::client(&args),
+        Command::BenchPart(args) => bench::part(&args),
         Command::Ci => ci::run(),
         Command::Fuzz(args) => fuzz::run_all(&args),
         Command::BenchLoadClient(args) => bench::load_client(&args),

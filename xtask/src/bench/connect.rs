@@ -25,7 +25,10 @@ use super::{
     arms::{ARMS, Arm, Bench, Hooks, PORT, VIP, VIP6},
     stats::{confidence, median},
 };
-use crate::tools::enter;
+use crate::{
+    node::Node,
+    tools::{self, enter},
+};
 
 pub(super) const SLICE: usize = 16;
 pub(super) const ROUNDS: usize = 100;
@@ -228,6 +231,35 @@ pub(crate) fn client(args: &ClientArgs) -> anyhow::Result<()> {
         println!("{called:.1} {closed:.1}");
     }
     Ok(())
+}
+
+/// How often the programs of a node run.
+pub(super) struct Runs {
+    config: PathBuf,
+    before: u64,
+    _statistics: Statistics,
+}
+
+impl Runs {
+    /// Counts from now on.
+    pub(super) fn count(node: &Node) -> anyhow::Result<Self> {
+        let mut runs = Self { config: node.config.clone(), before: 0, _statistics: Statistics::on()? };
+        runs.before = runs.now()?;
+        Ok(runs)
+    }
+
+    /// Since then.
+    pub(super) fn runs(&self) -> anyhow::Result<u64> {
+        Ok(self.now()? - self.before)
+    }
+
+    fn now(&self) -> anyhow::Result<u64> {
+        let mut list = Command::new(tools::mesh());
+        list.args(["bpf", "programs", "-o", "json", "--config"]).arg(&self.config);
+        let programs: Value = serde_json::from_str(&tools::output(&mut list)?)?;
+        let programs = programs.as_array().context("a list of programs")?;
+        Ok(programs.iter().filter_map(|program| program["runs"].as_u64()).sum())
+    }
 }
 
 /// The kernel's statistics of program runs, as they were again afterwards.

@@ -235,16 +235,19 @@ fn latencies(text: &str) -> anyhow::Result<Vec<f64>> {
 
 /// What is compared, and by what: versions, null where it is not there.
 pub(super) fn versions() -> Value {
-    let version = |program: &str, flag: &str, before: &str| {
-        let output = Command::new(program).arg(flag).output().ok()?;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        Some(text.split_once(before)?.1.split_whitespace().next()?.to_owned())
-    };
     json!({
         "dnsmasq": version("dnsmasq", "--version", "version "),
         "unbound": version("unbound", "-V", "Version "),
         "dnsperf": version("dnsperf", "-h", "Version "),
     })
+}
+
+/// The word behind a text that a program prints.
+pub(super) fn version(program: impl AsRef<std::ffi::OsStr>, flag: &str, before: &str) -> Option<String> {
+    let output = Command::new(program).arg(flag).output().ok()?;
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    Some(text.split_once(before)?.1.split_whitespace().next()?.to_owned())
 }
 
 pub(super) fn is_ours(row: &Value) -> bool {

@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
-use super::{line, names, policies, scale};
+use super::{line, names, policies, report, scale};
 use crate::tools::root;
 
 const BEGIN: &str = "<!-- cargo xtask bench: ";
@@ -44,6 +44,8 @@ fn block(name: &str, report: &Value) -> anyhow::Result<String> {
         }
         "connect" => connect(rows),
         "hooks" => hooks(rows),
+        "arms" => report::summary(rows),
+        "memory" => report::memory_summary(rows),
         "policies" => policies(rows),
         "names" => names::markdown(rows),
         "scale" => scale::markdown(rows),

@@ -8,15 +8,25 @@ pub(super) fn median(mut values: Vec<f64>) -> f64 {
 /// The 95 % bootstrap interval of the median.
 pub(super) fn confidence(values: &[f64]) -> (f64, f64) {
     // A fixed seed: the same measurements give the same report.
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut random = |below: usize| {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        usize::try_from(state % below as u64).expect("below a usize")
-    };
-    let mut resample = || median(values.iter().map(|_| values[random(values.len())]).collect());
+    let mut random = Random::new(0);
+    let mut resample = || median(values.iter().map(|_| values[random.below(values.len())]).collect());
     let mut medians: Vec<f64> = (0..400).map(|_| resample()).collect();
     medians.sort_by(f64::total_cmp);
     (medians[10], medians[389])
+}
+
+/// Numbers that are the same in every run.
+pub(super) struct Random(u64);
+
+impl Random {
+    pub(super) fn new(seed: u64) -> Self {
+        Self(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(2 * seed + 1))
+    }
+
+    pub(super) fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 % limit as u64).expect("below a usize")
+    }
 }
