@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 const VIP: &str = "127.128.60.1";
 /// Keys that are written at once: as many as etcd takes.
 const AT_ONCE: usize = 100;
-const RATE: usize = 10_000;
+const RATE: f64 = 10_000.0;
 
 fn main() {
     let args: Vec<_> = std::env::args().skip(1).collect();
@@ -205,7 +205,7 @@ fn flood(etcd: &Etcd, (services, instances): (usize, usize), seconds: usize, sto
         let keys: Vec<_> = keys.collect();
         writer.put(&keys);
         written.puts += keys.len();
-        let due = start + Duration::from_secs(1) * u32::try_from(written.puts).expect("few") / RATE as u32;
+        let due = start + Duration::from_secs_f64(written.puts as f64 / RATE);
         thread::sleep(due.saturating_duration_since(Instant::now()));
     }
     written.took = start.elapsed();

@@ -23,7 +23,8 @@ fn service(name: &str, spec: Value) -> Value {
         "type": "ClusterIP", "clusterIP": "10.96.0.7", "clusterIPs": ["10.96.0.7"],
         "ports": [{ "port": 80, "targetPort": 8080, "protocol": "TCP" }],
     });
-    all.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
+    let Value::Object(spec) = spec else { panic!("fields") };
+    all.as_object_mut().unwrap().extend(spec);
     json!({
         "metadata": { "namespace": "default", "name": name, "creationTimestamp": "2026-01-02T03:04:05Z" },
         "spec": all,
@@ -38,7 +39,8 @@ fn with(mut object: Value, what: &str, key: &str, value: &str) -> Value {
 
 fn endpoint(address: &str, more: Value) -> Value {
     let mut all = json!({ "addresses": [address], "conditions": { "ready": true, "serving": true } });
-    all.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    let Value::Object(more) = more else { panic!("fields") };
+    all.as_object_mut().unwrap().extend(more);
     all
 }
 
