@@ -23,6 +23,7 @@ mod parts;
 mod plots;
 mod policies;
 mod readme;
+mod registries;
 mod report;
 mod rivals;
 mod scale;
@@ -66,12 +67,22 @@ enum Part {
     Memory,
     Policies,
     Names,
+    /// How soon an etcd is followed.
+    Registries,
     Scale,
 }
 
 impl Part {
-    const ALL: [Self; 7] =
-        [Self::Connect, Self::Load, Self::Failover, Self::Memory, Self::Policies, Self::Names, Self::Scale];
+    const ALL: [Self; 8] = [
+        Self::Connect,
+        Self::Load,
+        Self::Failover,
+        Self::Memory,
+        Self::Policies,
+        Self::Names,
+        Self::Registries,
+        Self::Scale,
+    ];
 
     fn name(self) -> String {
         clap::ValueEnum::to_possible_value(&self).expect("every part has a name").get_name().to_owned()
@@ -91,6 +102,7 @@ impl Part {
             Self::Memory => memory::measure(effort),
             Self::Policies => policies::measure(batches),
             Self::Names => names::measure(batches),
+            Self::Registries => registries::measure(10 * effort.changes),
             Self::Scale => scale::measure(effort.changes),
         }
     }
@@ -106,6 +118,8 @@ impl Part {
             Self::Failover
         } else if measure.starts_with(memory::PREFIX) {
             Self::Memory
+        } else if measure.starts_with(registries::PREFIX) {
+            Self::Registries
         } else if names::is_ours(row) {
             Self::Names
         } else if measure.starts_with(policies::MEASURE) {
@@ -207,6 +221,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
         build::mesh()?;
         if args.only.is_none_or(|only| only == Part::Names) {
             setup::name_servers()?;
+        }
+        if args.only.is_none_or(|only| only == Part::Registries) {
+            setup::etcd()?;
         }
         if args.only.is_none_or(|only| matches!(only, Part::Load | Part::Failover | Part::Memory)) {
             setup::rivals()?;

@@ -30,9 +30,6 @@ const PACKAGES: &[(&str, &str)] = &[
     // Debian keeps Python's own tests apart; apt-get takes a name that begins with ^ for a pattern.
     ("^libpython3[.][0-9]+-testsuite$", "python3 -c 'import test.test_socket'"),
     ("strace", "strace --version"),
-    // A registry on the network.
-    ("etcd-server", "etcd --version"),
-    ("etcd-client", "etcdctl version"),
     // The certificate of one that is asked over TLS.
     ("openssl", "openssl version"),
     // Judges of the files in `deploy`.
@@ -60,6 +57,9 @@ const PACKAGES: &[(&str, &str)] = &[
 /// Comes with qemu, or apart from it in newer releases of Debian.
 const LATER_PACKAGES: [(&str, &str); 1] =
     [("virtiofsd", "test -x /usr/libexec/virtiofsd || test -x /usr/lib/qemu/virtiofsd")];
+
+/// A registry on the network.
+const ETCD: &[(&str, &str)] = &[("etcd-server", "etcd --version"), ("etcd-client", "etcdctl version")];
 
 /// What the benchmark of names compares with, and measures by.
 const NAME_SERVERS: &[(&str, &str)] =
@@ -104,6 +104,7 @@ const PYTHON: [&str; 9] = [
 pub(crate) fn everything() -> anyhow::Result<()> {
     toolchain()?;
     packages(PACKAGES)?;
+    packages(ETCD)?;
     packages(&LATER_PACKAGES)?;
     python()?;
     if cfg!(not(target_arch = "x86_64")) {
@@ -115,6 +116,11 @@ pub(crate) fn everything() -> anyhow::Result<()> {
 /// What the benchmark of names needs.
 pub(crate) fn name_servers() -> anyhow::Result<()> {
     packages(NAME_SERVERS)
+}
+
+/// What the benchmark of registries needs.
+pub(crate) fn etcd() -> anyhow::Result<()> {
+    packages(ETCD)
 }
 
 /// What the arms of the benchmark need.

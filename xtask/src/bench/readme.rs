@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
-use super::{line, names, policies, report, scale};
+use super::{line, names, policies, registries, report, scale};
 use crate::tools::root;
 
 const BEGIN: &str = "<!-- cargo xtask bench: ";
@@ -48,6 +48,7 @@ fn block(name: &str, report: &Value) -> anyhow::Result<String> {
         "memory" => report::memory_summary(rows),
         "policies" => policies(rows),
         "names" => names::markdown(rows),
+        "registries" => registries::markdown(rows),
         "scale" => scale::markdown(rows),
         _ => String::new(),
     };

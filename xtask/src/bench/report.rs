@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::{failover, line, load, memory, names, rivals::KINDS, scale, world::Topology};
+use super::{failover, line, load, memory, names, registries, rivals::KINDS, scale, world::Topology};
 
 /// Everything of it, and the pictures that were drawn.
 pub(super) fn markdown(report: &Value, pictures: &[(&str, &str)]) -> String {
@@ -20,12 +20,12 @@ pub(super) fn markdown(report: &Value, pictures: &[(&str, &str)]) -> String {
     text += "## Sockets\n\n";
     text += super::HEAD;
     text.extend(rows.iter().filter(|row| is_of_sockets(row)).map(line));
-    text + &names::markdown(rows) + &scale::markdown(rows)
+    text + &names::markdown(rows) + "\n" + &registries::markdown(rows) + &scale::markdown(rows)
 }
 
 fn is_of_sockets(row: &Value) -> bool {
     let measure = row["measure"].as_str().unwrap_or_default();
-    let others = [load::PREFIX, failover::PREFIX, memory::PREFIX];
+    let others = [load::PREFIX, failover::PREFIX, memory::PREFIX, registries::PREFIX];
     !scale::is_ours(row) && !names::is_ours(row) && !others.iter().any(|prefix| measure.starts_with(prefix))
 }
 

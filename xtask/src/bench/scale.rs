@@ -110,7 +110,7 @@ pub(super) fn is_ours(row: &Value) -> bool {
     row["measure"].as_str().is_some_and(|measure| measure.starts_with("scale: "))
 }
 
-fn cell(row: &Value) -> String {
+pub(super) fn cell(row: &Value) -> String {
     let (value, unit) = (row["value"].as_f64().unwrap_or_default(), row["unit"].as_str().unwrap_or_default());
     let text = if value < 100.0 && value.fract() != 0.0 {
         format!("{value:.1} {unit}")
