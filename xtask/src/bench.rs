@@ -1,12 +1,13 @@
 //! What mesh costs, against direct connects.
 
 use std::{
+    collections::BTreeMap,
     fs,
     time::{Duration, Instant},
 };
 
 use anyhow::ensure;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::{
     build, setup,
@@ -240,40 +241,51 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     world::catch_interrupts()?;
     let effort = Effort::new(args);
     let load_before = load()?;
-    let mut rows = match args.only {
-        Some(_) => earlier()?,
-        None => Vec::new(),
-    };
+    let earlier = args.only.map_or_else(|| Ok(Value::Null), |_| earlier())?;
+    let mut rows = earlier["rows"].as_array().cloned().unwrap_or_default();
+    let mut commits = earlier["meta"]["commits"].as_object().cloned().unwrap_or_default();
     let mut failed = Vec::new();
     for part in Part::ALL.into_iter().filter(|part| args.only.is_none_or(|only| only == *part)) {
         let at = rows.iter().position(|row| part.has(row)).unwrap_or(rows.len());
         rows.retain(|row| !part.has(row));
         let start = Instant::now();
         match part.measure(&effort) {
-            Ok(measured) => drop(rows.splice(at..at, measured)),
+            Ok(measured) => {
+                rows.splice(at..at, measured);
+                commits.insert(part.name(), commit().into());
+            }
             Err(error) => {
                 world::check_interrupted()?;
                 eprintln!("bench: {} failed: {error:#}", part.name());
+                commits.remove(&part.name());
                 failed.push(part.name());
             }
         }
         eprintln!("bench: {} took {} s", part.name(), start.elapsed().as_secs());
         world::check_interrupted()?;
     }
-    report(&rows, &effort, &load_before)?;
+    report(&rows, &commits, &effort, &load_before)?;
     ensure!(failed.is_empty(), "not measured: {}", failed.join(", "));
     Ok(())
 }
 
-/// The rows of the last report, if there is one.
-fn earlier() -> anyhow::Result<Vec<Value>> {
+/// The last report, if there is one.
+fn earlier() -> anyhow::Result<Value> {
     match fs::read(root().join("bench/report/report.json")) {
-        Ok(report) => {
-            Ok(serde_json::from_slice::<Value>(&report)?["rows"].as_array().cloned().unwrap_or_default())
-        }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Ok(report) => Ok(serde_json::from_slice(&report)?),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
         Err(error) => Err(error.into()),
     }
+}
+
+/// Which commit each part was measured on.
+fn commits(meta: &Value) -> String {
+    let mut parts = BTreeMap::<&str, Vec<&str>>::new();
+    for (part, commit) in meta["commits"].as_object().into_iter().flatten() {
+        parts.entry(commit.as_str().unwrap_or_default()).or_default().push(part);
+    }
+    let of_each = parts.iter().map(|(commit, parts)| format!("{} on commit {commit}", parts.join(", ")));
+    of_each.collect::<Vec<_>>().join("; ")
 }
 
 fn load() -> anyhow::Result<String> {
@@ -281,10 +293,16 @@ fn load() -> anyhow::Result<String> {
     Ok(load.split(' ').next().unwrap_or_default().to_owned())
 }
 
-fn report(rows: &[Value], effort: &Effort, load_before: &str) -> anyhow::Result<()> {
+fn report(
+    rows: &[Value],
+    commits: &Map<String, Value>,
+    effort: &Effort,
+    load_before: &str,
+) -> anyhow::Result<()> {
     let meta = json!({
         "version": env!("CARGO_PKG_VERSION"),
         "commit": commit(),
+        "commits": commits,
         "mode": effort.mode.name(),
         "kernel": fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
         "cpus": std::thread::available_parallelism()?.get(),

@@ -40,7 +40,7 @@ fn block(name: &str, report: &Value) -> anyhow::Result<String> {
         "meta" => {
             let meta = &report["meta"];
             let word = |key: &str| meta[key].as_str().unwrap_or_default();
-            format!("Commit {}, {} CPUs, Linux {}.", word("commit"), meta["cpus"], word("kernel"))
+            format!("{} CPUs, Linux {}. Measured: {}.", meta["cpus"], word("kernel"), super::commits(meta))
         }
         "connect" => connect(rows),
         "hooks" => hooks(rows),

@@ -35,15 +35,15 @@ fn meta(meta: &Value) -> String {
     let versions: Vec<_> =
         versions.map(|(name, version)| format!("{name} {}", version.as_str().unwrap_or("missing"))).collect();
     format!(
-        "`cargo xtask bench`, {}: commit {}, {} CPUs, Linux {}, load {} before and {} after. {}. The \
+        "`cargo xtask bench`, {}: {} CPUs, Linux {}, load {} before and {} after. {}. Measured: {}. The \
          configurations are in [bench/arms](../arms).",
         word("mode"),
-        word("commit"),
         meta["cpus"],
         word("kernel"),
         word("load_before"),
         word("load"),
-        versions.join(", ")
+        versions.join(", "),
+        super::commits(meta)
     )
 }
 
