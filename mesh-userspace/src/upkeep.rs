@@ -21,6 +21,8 @@ mod counts;
 
 /// How long until sockets are looked at again that were to be closed, or that do not fit.
 const PERIOD: Duration = Duration::from_secs(1);
+/// The least time between two looks.
+const SHORTEST: Duration = Duration::from_millis(20);
 /// When it is tried again to close what could not be.
 const RETRY: Duration = Duration::from_secs(10);
 /// How often the counts are compared with the sockets that there are.
@@ -103,12 +105,19 @@ impl Upkeep {
             self.report("cannot close sockets that are left behind", result);
             let next = self.leaving.values().map(|leaving| leaving.due).chain([audit]).min().unwrap_or(audit);
             // A socket that could not be closed is tried again, but not at once.
-            let wait = next.saturating_duration_since(Instant::now()).max(Duration::from_millis(20));
-            match news.recv_timeout(wait) {
-                Ok(News::Left(new)) => drop(self.leaving.insert(new.backend, new)),
-                Ok(News::TakenOver) => audit = Instant::now(),
-                Err(mpsc::RecvTimeoutError::Timeout) => {}
+            let wait = next.saturating_duration_since(Instant::now()).max(SHORTEST);
+            let first = match news.recv_timeout(wait) {
+                Ok(first) => first,
+                Err(mpsc::RecvTimeoutError::Timeout) => continue,
                 Err(mpsc::RecvTimeoutError::Disconnected) => return,
+            };
+            // All who leave are looked at for each look: where many do, they come together.
+            std::thread::sleep(SHORTEST);
+            for new in std::iter::once(first).chain(news.try_iter()) {
+                match new {
+                    News::Left(new) => drop(self.leaving.insert(new.backend, new)),
+                    News::TakenOver => audit = Instant::now(),
+                }
             }
         }
     }
