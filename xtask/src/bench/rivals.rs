@@ -121,8 +121,9 @@ pub(super) const KINDS: [Kind; 9] = [
 /// What is compared, and by what: versions, null where it is not there.
 pub(super) fn versions() -> Value {
     json!({
-        "Envoy": envoy().ok().and_then(|envoy| version(envoy, "--version", "/")).map(|version| {
-            version.split('/').next().unwrap_or_default().to_owned()
+        // COMMIT/VERSION/…
+        "Envoy": envoy().ok().and_then(|envoy| version(envoy, "--version", "version: ")).and_then(|version| {
+            version.split('/').nth(1).map(str::to_owned)
         }),
         "HAProxy": version("haproxy", "-v", "version "),
         "iptables": version("iptables", "--version", "iptables v"),
