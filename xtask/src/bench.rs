@@ -40,7 +40,7 @@ pub(crate) use policies::{ClientArgs as LoadClientArgs, client as load_client};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Fewer rounds, and not every measure: under 3 minutes. By default it is under 20.
+    /// Fewer rounds, and not every measure: some minutes. By default it is about half an hour.
     #[arg(long, conflicts_with = "full")]
     quick: bool,
     /// More rounds, and all measures in every topology: hours.
