@@ -40,10 +40,10 @@ pub(crate) use policies::{ClientArgs as LoadClientArgs, client as load_client};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Fewer rounds, and not every measure: some minutes. By default it is about half an hour.
+    /// Fewer rounds, and not every measure.
     #[arg(long, conflicts_with = "full")]
     quick: bool,
-    /// More rounds, and all measures in every topology: hours.
+    /// More rounds, and all measures in every topology.
     #[arg(long)]
     full: bool,
     /// Keep slices in which others used the machine too, to try the benchmark out: the report goes to

@@ -216,10 +216,10 @@ fn goals(rows: &[Value]) -> String {
         let row = find(rows, &goal.measure, goal.topology, goal.arm);
         let Some((value, low, high)) = row.and_then(|row| value(row, &goal.of)) else { continue };
         let good = |value: f64| if goal.at_most { value <= goal.goal } else { value >= goal.goal };
-        let verdict = match (good(value), good(low) || good(high)) {
-            (true, _) => "met",
-            (_, true) => "not decided",
-            _ => "**missed**",
+        let verdict = match (good(low), good(high)) {
+            (true, true) => "met",
+            (false, false) => "**missed**",
+            _ => "not decided",
         };
         let again = find(rows, &goal.measure, goal.topology, "direct-again");
         let again = again.filter(|_| !matches!(goal.of, Of::Value | Of::MeshVs));
@@ -481,7 +481,8 @@ mod tests {
         let judged = |ratio: f64, low: f64, high: f64| {
             goals(&[row(measure, "mesh", 20.0, &json!({"ratio": ratio, "low": low, "high": high}))])
         };
-        assert!(judged(1.001, 0.99, 1.01).ends_with("| met |\n\n"));
+        assert!(judged(1.0, 0.99, 1.001).ends_with("| met |\n\n"));
+        assert!(judged(1.001, 0.99, 1.01).ends_with("| not decided |\n\n"));
         assert!(judged(1.01, 1.0, 1.02).ends_with("| not decided |\n\n"));
         assert!(judged(1.1, 1.05, 1.2).ends_with("| **missed** |\n\n"));
         assert_eq!(goals(&[]), "");
