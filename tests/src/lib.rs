@@ -270,6 +270,15 @@ impl Mesh {
         row["used"].as_u64().unwrap()
     }
 
+    /// What is said of the registry that is configured besides the services file.
+    pub fn registry(&self) -> Value {
+        self.json(&["registry", "list"])[1].clone()
+    }
+
+    pub fn wait_for_registry(&self, state: &str) {
+        wait_until(&format!("the registry is {state}"), || self.registry()["state"] == state);
+    }
+
     /// Addresses that the kernel sends a frontend's connects to.
     pub fn kernel_backends(&self, frontend: &str) -> Vec<String> {
         let lb = self.lb();

@@ -162,7 +162,7 @@ fn measure(services: usize, instances: usize, changes: usize, seconds: usize) {
     say("CPU while etcd is away", cpu(&mesh), "ms/s");
     etcd.restart();
     let back = Instant::now();
-    wait_until("it is synced again", || mesh.json(&["registry", "list"])[1]["state"] == "synced");
+    mesh.wait_for_registry("synced");
     say("synced again after", back.elapsed().as_secs_f64() * 1e3, "ms");
     assert!(dialler.end().success());
 }

@@ -5,7 +5,6 @@ use std::process::Command;
 
 use mesh_tests::{Mesh, binary, figure, free_address, now, server::Server, text, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::Value;
 
 use crate::embedded::{Embedded, Moto, python};
 
@@ -72,10 +71,6 @@ fn launch(mesh: &mut Mesh) {
     mesh.launch_as(command);
 }
 
-fn registry(mesh: &Mesh) -> Value {
-    mesh.json(&["registry", "list"])[1].clone()
-}
-
 fn dial(mesh: &Mesh) -> String {
     let vip = mesh.json(&["service", "list"])[0]["vips"][0].as_str().unwrap_or_default().to_owned();
     mesh.dial(&format!("{vip}:80"))
@@ -96,28 +91,28 @@ fn is_followed(url: &str, pid: u32) {
     figure(&format!("cloudmap: a change is seen after {} ms", (now() - deregistered) / 1_000_000));
 
     register(url, "one", one.port());
-    wait_until("both", || registry(&mesh)["instances"] == 2);
+    wait_until("both", || mesh.registry()["instances"] == 2);
     let unhealthy = "InstanceId='two', Status='UNHEALTHY'";
     aws(url, &format!("update_instance_custom_health_status(ServiceId=id('services', 'echo'), {unhealthy})"));
     wait_until("its health", || {
         let backends = mesh.json(&["backend", "list"]);
         backends.as_array().unwrap().iter().any(|one| one["instance"] == "two" && one["state"] == "unhealthy")
     });
-    assert_eq!((dial(&mesh), registry(&mesh)["state"].as_str()), ("one".into(), Some("synced")));
+    assert_eq!((dial(&mesh), mesh.registry()["state"].as_str()), ("one".into(), Some("synced")));
 
     let process = Pid::from_raw(pid.cast_signed()).unwrap();
     kill_process(process, Signal::STOP).unwrap();
     let silent = now();
-    wait_until("it is missed", || registry(&mesh)["state"] == "stale");
+    wait_until("it is missed", || mesh.registry()["state"] == "stale");
     figure(&format!("cloudmap silent: noticed after {} ms", (now() - silent) / 1_000_000));
-    let error = registry(&mesh)["error"].to_string();
+    let error = mesh.registry()["error"].to_string();
     assert!(error.starts_with(&format!("\"cloudmap {url}")), "{error}");
     mesh.kill();
     launch(&mut mesh);
     mesh.ready();
     assert_eq!(dial(&mesh), "one", "as it said last");
     kill_process(process, Signal::CONT).unwrap();
-    wait_until("it is back", || registry(&mesh)["state"] == "synced");
+    wait_until("it is back", || mesh.registry()["state"] == "synced");
     assert_eq!(dial(&mesh), "one");
     aws(url, "deregister_instance(ServiceId=id('services', 'echo'), InstanceId='one')");
     wait_until("who is left", || dial(&mesh) == "two");
@@ -138,7 +133,7 @@ fn moto_s_cloud_map_is_followed_and_a_record_that_breaks_a_rule_is_left_out_alon
     register(&url, "bad", 0);
     let mesh = start(&url);
     let problem = "service echo.service.local: instance bad: AWS_INSTANCE_PORT is 0";
-    wait_until("it is named", || registry(&mesh)["problems"].to_string().contains(problem));
+    wait_until("it is named", || mesh.registry()["problems"].to_string().contains(problem));
     assert_eq!(dial(&mesh), "one");
 }
 

@@ -91,10 +91,6 @@ impl Drop for Consul {
     }
 }
 
-fn registry(mesh: &Mesh) -> Value {
-    mesh.json(&["registry", "list"])[1].clone()
-}
-
 fn dial(mesh: &Mesh) -> String {
     mesh.dial(&format!("{VIP}:80"))
 }
@@ -124,20 +120,20 @@ fn what_is_registered_is_followed_and_silence_fails_no_connect() {
     wait_until("the second", || dial(&mesh) == "two");
     consul.register("bad", "169.254.169.254", 80, "passing");
     let problem = "service echo.service.local: instance bad: address 169.254.169.254 is link-local";
-    wait_until("it is named", || registry(&mesh)["problems"].to_string().contains(problem));
-    assert_eq!((&registry(&mesh)["state"], &registry(&mesh)["instances"]), (&"synced".into(), &1.into()));
+    wait_until("it is named", || mesh.registry()["problems"].to_string().contains(problem));
+    assert_eq!((&mesh.registry()["state"], &mesh.registry()["instances"]), (&"synced".into(), &1.into()));
 
     // As after a snapshot was restored.
     consul.put("/restore/5", &Value::Null);
     consul.register("one", "127.0.0.1", one.port(), "passing");
-    wait_until("what is new since", || registry(&mesh)["instances"] == 2);
+    wait_until("what is new since", || mesh.registry()["instances"] == 2);
 
     consul.signal(Signal::STOP);
     let silent = mesh_tests::now();
-    wait_until("it is missed", || registry(&mesh)["state"] == "stale");
+    wait_until("it is missed", || mesh.registry()["state"] == "stale");
     figure(&format!("consul silent: noticed after {} ms", (mesh_tests::now() - silent) / 1_000_000));
     consul.signal(Signal::CONT);
-    wait_until("it is back", || registry(&mesh)["state"] == "synced");
+    wait_until("it is back", || mesh.registry()["state"] == "synced");
     consul.deregister("two");
     wait_until("who is left", || dial(&mesh) == "one");
     figure(&format!("consul: {} connects, none failed", traffic.end(&["one", "two"])));

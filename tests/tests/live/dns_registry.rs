@@ -7,7 +7,6 @@ use mesh_tests::{
     server::{Dns, Server},
     text, wait_until,
 };
-use serde_json::Value;
 
 use crate::traffic::Traffic;
 
@@ -78,16 +77,8 @@ vip = "127.128.41.2"
     }
 }
 
-fn registry(mesh: &Mesh) -> Value {
-    mesh.json(&["registry", "list"])[1].clone()
-}
-
-fn wait_for_state(mesh: &Mesh, state: &str) {
-    wait_until(&format!("dns is {state}"), || registry(mesh)["state"] == state);
-}
-
 fn names(mesh: &Mesh, what: &str) -> bool {
-    registry(mesh)["problems"]
+    mesh.registry()["problems"]
         .as_array()
         .unwrap()
         .iter()
@@ -105,8 +96,8 @@ fn srv_records_and_addresses_are_backends_and_are_followed() {
     mesh.wait_for_backends(&backend, 2);
     assert_eq!(mesh.dial(&db), "one");
     // A name that nobody answers for is named, and the others are served.
-    assert!(names(&mesh, "x.broken.example: "), "{}", registry(&mesh));
-    assert_eq!(registry(&mesh)["state"], "synced");
+    assert!(names(&mesh, "x.broken.example: "), "{}", mesh.registry());
+    assert_eq!(mesh.registry()["state"], "synced");
     let check = std::process::Command::new(mesh_tests::binary())
         .args(["check", "--pre", "--config"])
         .arg(&mesh.config)
@@ -149,31 +140,31 @@ fn a_name_server_that_fails_in_any_way_fails_no_connect() {
     let traffic = Traffic::start(&mesh, VIP);
 
     dns.fall_silent();
-    wait_for_state(&mesh, "stale");
-    assert!(registry(&mesh)["error"].to_string().contains("no answer in time"), "{}", registry(&mesh));
+    mesh.wait_for_registry("stale");
+    assert!(mesh.registry()["error"].to_string().contains("no answer in time"), "{}", mesh.registry());
     dns.wake();
-    wait_for_state(&mesh, "synced");
+    mesh.wait_for_registry("synced");
 
     // Gone, and then one that knows nothing and refuses to answer.
     drop(dns);
-    wait_for_state(&mesh, "stale");
+    mesh.wait_for_registry("stale");
     let other = Dns::at(&zone.address, &[]);
-    wait_until("it refuses", || registry(&mesh)["error"].to_string().contains("Refused"));
+    wait_until("it refuses", || mesh.registry()["error"].to_string().contains("Refused"));
     drop(other);
 
     // One that says that there are no such names.
     let empty = Dns::at(&zone.address, &["--local=/example/"]);
     wait_until("the fuse", || {
-        registry(&mesh)["error"].to_string().contains("only 0 instances of 0 services are left")
+        mesh.registry()["error"].to_string().contains("only 0 instances of 0 services are left")
     });
     drop(empty);
-    wait_until("it is gone", || !registry(&mesh)["error"].to_string().contains("only 0 instances"));
+    wait_until("it is gone", || !mesh.registry()["error"].to_string().contains("only 0 instances"));
 
     // The daemon starts while nobody answers.
     mesh.kill();
     mesh.launch();
     mesh.ready();
-    assert_eq!(registry(&mesh)["state"], "stale");
+    assert_eq!(mesh.registry()["state"], "stale");
     figure(&format!(
         "name server silent, gone, refusing, empty: {} connects, none failed",
         traffic.end(&["one", "two"])
@@ -186,7 +177,7 @@ fn a_name_server_that_fails_in_any_way_fails_no_connect() {
 
     zone.write(&[("b", "127.0.0.2"), ("db", "127.0.0.1")]);
     let _dns = zone.serve();
-    wait_for_state(&mesh, "synced");
+    mesh.wait_for_registry("synced");
     mesh.wait_for_backends(&format!("{VIP}:80"), 1);
     assert_eq!(mesh.dial(&format!("{VIP}:80")), "two");
 }

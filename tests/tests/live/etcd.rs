@@ -60,14 +60,6 @@ fn dial(mesh: &Mesh) -> String {
     mesh.dial(&format!("{VIP}:80"))
 }
 
-fn registry(mesh: &Mesh) -> Value {
-    mesh.json(&["registry", "list"])[1].clone()
-}
-
-fn wait_for_state(mesh: &Mesh, state: &str) {
-    wait_until(&format!("etcd is {state}"), || registry(mesh)["state"] == state);
-}
-
 /// Both sides show certificates, and users are asked for passwords; etcd forgets who has shown one when it is
 /// restarted.
 #[test]
@@ -109,9 +101,7 @@ fn etcd_is_asked_over_tls_and_with_a_password() {
     etcd.delete(&key("one"));
     etcd.put(&key("two"), &at(&two));
     wait_until("the other instance", || dial(&mesh) == "two");
-    assert!(
-        !mesh.mesh(&["registry", "list"]).output().unwrap().stdout.windows(6).any(|word| word == b"secret")
-    );
+    assert!(!mesh.registry().to_string().contains("secret") && !mesh.log().contains("secret"));
 }
 
 #[test]
@@ -123,8 +113,8 @@ fn what_is_put_and_deleted_is_followed_and_leases_end() {
     mesh.launch();
     mesh.ready();
     wait_until("the instance", || dial(&mesh) == "one");
-    wait_for_state(&mesh, "synced");
-    assert_eq!((&registry(&mesh)["services"], &registry(&mesh)["instances"]), (&1.into(), &1.into()));
+    mesh.wait_for_registry("synced");
+    assert_eq!((&mesh.registry()["services"], &mesh.registry()["instances"]), (&1.into(), &1.into()));
 
     etcd.put(&key("two"), &at(&two));
     mesh.wait_for_backends(&format!("{VIP}:80"), 2);
@@ -138,7 +128,7 @@ fn what_is_put_and_deleted_is_followed_and_leases_end() {
     mesh.wait_for_backends(&format!("{VIP}:80"), 2);
     mesh.wait_for_backends(&format!("{VIP}:80"), 1);
     assert_eq!(dial(&mesh), "two");
-    assert_eq!(registry(&mesh)["error"], Value::Null);
+    assert_eq!(mesh.registry()["error"], Value::Null);
 
     // What many keys say is read in several pages.
     let transaction: String = (0..120).map(|n| format!("put {} {}\n", key(&format!("x{n}")), n)).collect();
@@ -158,7 +148,7 @@ fn what_is_put_and_deleted_is_followed_and_leases_end() {
 
 /// The last problem of the registry.
 fn left_out(mesh: &Mesh) -> String {
-    registry(mesh)["problems"].as_array().unwrap().last().map(ToString::to_string).unwrap_or_default()
+    mesh.registry()["problems"].as_array().unwrap().last().map(ToString::to_string).unwrap_or_default()
 }
 
 #[test]
@@ -170,14 +160,14 @@ fn a_kill_and_a_restart_of_etcd_fail_no_connect() {
     let traffic = Traffic::start(&mesh, VIP);
     for round in 0..3 {
         etcd.kill();
-        wait_for_state(&mesh, "stale");
-        let error = registry(&mesh)["error"].to_string();
+        mesh.wait_for_registry("stale");
+        let error = mesh.registry()["error"].to_string();
         assert!(error.contains(&etcd.address), "{error}");
         // Long enough for the longest pause between attempts.
         thread::sleep(Duration::from_secs(2));
         etcd.restart();
         let back = Instant::now();
-        wait_for_state(&mesh, "synced");
+        mesh.wait_for_registry("synced");
         figure(&format!("etcd back: synced again after {} ms", back.elapsed().as_millis()));
         let (gone, new) = if round % 2 == 0 { ("one", "two") } else { ("two", "one") };
         etcd.put(&key(new), &at(if new == "one" { &one } else { &two }));
@@ -196,10 +186,11 @@ fn an_etcd_that_comes_back_empty_removes_nothing() {
     let traffic = Traffic::start(&mesh, VIP);
     etcd.kill();
     etcd.restart_empty();
-    let is_held =
-        |mesh: &Mesh| registry(mesh)["error"].to_string().contains("only 0 instances of 0 services are left");
+    let is_held = |mesh: &Mesh| {
+        mesh.registry()["error"].to_string().contains("only 0 instances of 0 services are left")
+    };
     wait_until("the fuse", || is_held(&mesh));
-    assert_eq!(registry(&mesh)["state"], "stale");
+    assert_eq!(mesh.registry()["state"], "stale");
     let status = text(&mesh.mesh(&["status"]).output().unwrap());
     assert!(status.contains("of 1 instances of 1 services only 0 instances"), "{status}");
     assert_eq!(dial(&mesh), "one");
@@ -221,7 +212,7 @@ fn an_etcd_that_comes_back_empty_removes_nothing() {
     // It is said again, and other than before.
     etcd.put(SERVICE, &format!(r#"{{"port": 80, "vip": "{VIP}"}}"#));
     etcd.put(&key("two"), &at(&two));
-    wait_for_state(&mesh, "synced");
+    mesh.wait_for_registry("synced");
     wait_until("what it says now", || mesh.kernel_backends(&format!("{VIP}:80")).len() == 1);
     assert_eq!(dial(&mesh), "two");
 }
@@ -239,7 +230,7 @@ fn a_spoilt_record_is_left_out_alone_and_named() {
         status["problems"].as_array().unwrap().iter().any(|problem| problem.as_str().unwrap().contains(what))
     };
     wait_until("it is named", || names(problem));
-    assert_eq!((&registry(&mesh)["state"], &registry(&mesh)["instances"]), (&"synced".into(), &2.into()));
+    assert_eq!((&mesh.registry()["state"], &mesh.registry()["instances"]), (&"synced".into(), &2.into()));
     let list = text(&mesh.mesh(&["registry", "list"]).output().unwrap());
     assert!(list.contains(problem), "{list}");
     let check =
@@ -249,7 +240,7 @@ fn a_spoilt_record_is_left_out_alone_and_named() {
     // What worked stays until there is something better.
     etcd.put(&key("one"), "garbage");
     wait_until("it is named", || names("echo/one: the value is no JSON object"));
-    assert_eq!(registry(&mesh)["instances"], 2);
+    assert_eq!(mesh.registry()["instances"], 2);
     etcd.put(&key("thief"), r#"{"address": "127.128.40.1", "port": 80}"#);
     etcd.put("/mesh/services/service.local/a-thief", &format!(r#"{{"port": 80, "vip": "{VIP}"}}"#));
     wait_until("they are named", || {
@@ -260,7 +251,7 @@ fn a_spoilt_record_is_left_out_alone_and_named() {
     for id in ["metadata", "thief", "one"] {
         etcd.delete(&key(id));
     }
-    assert_eq!(registry(&mesh)["services"], 1);
+    assert_eq!(mesh.registry()["services"], 1);
     etcd.delete("/mesh/services/service.local/a-thief");
     wait_until("nothing is wrong", || mesh.json(&["status"])["problems"] == Value::Array(Vec::new()));
     mesh.wait_for_backends(&format!("{VIP}:80"), 1);
@@ -275,12 +266,12 @@ fn an_etcd_that_falls_silent_is_noticed_and_fails_no_connect() {
     let traffic = Traffic::start(&mesh, VIP);
     etcd.freeze();
     let silent = Instant::now();
-    wait_for_state(&mesh, "stale");
+    mesh.wait_for_registry("stale");
     figure(&format!("etcd silent: noticed after {} ms", silent.elapsed().as_millis()));
-    let error = registry(&mesh)["error"].to_string();
+    let error = mesh.registry()["error"].to_string();
     assert!(error.contains("no answer in time"), "{error}");
     etcd.thaw();
-    wait_for_state(&mesh, "synced");
+    mesh.wait_for_registry("synced");
     etcd.put(&key("two"), &at(&two));
     mesh.wait_for_backends(&format!("{VIP}:80"), 2);
     assert!(traffic.end(&["one", "two"]) > 0);
@@ -306,12 +297,12 @@ fn a_daemon_that_starts_while_etcd_is_away_serves_what_it_said_last() {
         mesh.launch();
         mesh.ready();
         assert_eq!(dial(&mesh), "one");
-        assert_eq!(registry(&mesh)["state"], "stale");
+        assert_eq!(mesh.registry()["state"], "stale");
     }
     etcd.restart();
     etcd.put(&key("one"), &at(&two));
     wait_until("what it says now", || dial(&mesh) == "two");
-    assert_eq!(registry(&mesh)["state"], "synced");
+    assert_eq!(mesh.registry()["state"], "synced");
 }
 
 /// What stands between the daemon and etcd.
@@ -387,12 +378,12 @@ fn an_etcd_that_says_a_byte_a_second_is_noticed_and_fails_no_connect() {
     let traffic = Traffic::start(&mesh, VIP);
     between.slow.store(true, Relaxed);
     let slow = Instant::now();
-    wait_for_state(&mesh, "stale");
+    mesh.wait_for_registry("stale");
     figure(&format!("etcd at a byte a second: noticed after {} ms", slow.elapsed().as_millis()));
     etcd.put(&key("two"), &at(&two));
     between.slow.store(false, Relaxed);
     let back = Instant::now();
-    wait_for_state(&mesh, "synced");
+    mesh.wait_for_registry("synced");
     mesh.wait_for_backends(&format!("{VIP}:80"), 2);
     figure(&format!("and followed again after {} ms", back.elapsed().as_millis()));
     assert!(traffic.end(&["one", "two"]) > 0);
@@ -415,6 +406,6 @@ fn history_that_is_compacted_before_it_is_watched_is_read_again() {
     between.hold.store(false, Relaxed);
     mesh.ready();
     wait_until("what was written meanwhile", || dial(&mesh) == "two");
-    wait_for_state(&mesh, "synced");
+    mesh.wait_for_registry("synced");
     assert!(mesh.log().contains("history is compacted up to revision"), "{}", mesh.log());
 }

@@ -185,14 +185,6 @@ fn dial(mesh: &Mesh) -> String {
     mesh.dial(&format!("{VIP}:80"))
 }
 
-fn registry(mesh: &Mesh) -> Value {
-    mesh.json(&["registry", "list"])[1].clone()
-}
-
-fn wait_for_state(mesh: &Mesh, state: &str) {
-    wait_until(&format!("kubernetes is {state}"), || registry(mesh)["state"] == state);
-}
-
 /// The state of each instance.
 fn states(mesh: &Mesh) -> BTreeMap<String, String> {
     let backends = mesh.json(&["backend", "list"]);
@@ -237,7 +229,7 @@ fn services_and_slices_are_followed_and_what_is_not_ready_or_ends_leaves() {
     // Nobody is ready: refused, as kube-proxy does, and not an accident.
     kubernetes.put(&pod("one", &one, UNREADY));
     wait_until("nobody is ready", || dial(&mesh).contains("refused"));
-    assert_eq!(registry(&mesh)["error"], Value::Null);
+    assert_eq!(mesh.registry()["error"], Value::Null);
     // Nor is anything said that is wrong.
     assert_eq!(mesh.json(&["status"])["problems"], json!([]));
 }
@@ -323,19 +315,19 @@ fn a_kill_and_a_return_with_another_history_fail_no_connect() {
     let traffic = Traffic::start(&mesh, VIP);
     for round in 0..3 {
         kubernetes.kill();
-        wait_for_state(&mesh, "stale");
-        let error = registry(&mesh)["error"].to_string();
+        mesh.wait_for_registry("stale");
+        let error = mesh.registry()["error"].to_string();
         assert!(error.starts_with(&format!("\"kubernetes {}: ", kubernetes.address)), "{error}");
         // Long enough for the longest pause between attempts.
         std::thread::sleep(Duration::from_secs(2));
         kubernetes.restart();
         let back = Instant::now();
         // It knows nothing, and its versions begin anew: that is no reason to drop what works.
-        wait_until("the fuse", || registry(&mesh)["error"].to_string().contains("only 0 instances"));
+        wait_until("the fuse", || mesh.registry()["error"].to_string().contains("only 0 instances"));
         let (name, server) = if round % 2 == 0 { ("two", &two) } else { ("one", &one) };
         kubernetes.put(&echo());
         kubernetes.put(&pod(name, server, READY));
-        wait_for_state(&mesh, "synced");
+        mesh.wait_for_registry("synced");
         figure(&format!("kubernetes back: synced again after {} ms", back.elapsed().as_millis()));
         wait_until("the change", || dial(&mesh) == name);
     }
@@ -350,9 +342,9 @@ fn silence_is_noticed_and_fails_no_connect_and_a_daemon_that_starts_then_serves_
     let traffic = Traffic::start(&mesh, VIP);
     kubernetes.signal(Signal::STOP);
     let silent = Instant::now();
-    wait_for_state(&mesh, "stale");
+    mesh.wait_for_registry("stale");
     figure(&format!("kubernetes silent: noticed after {} ms", silent.elapsed().as_millis()));
-    let error = registry(&mesh)["error"].to_string();
+    let error = mesh.registry()["error"].to_string();
     assert!(error.contains("no answer in time") || error.contains("deadline"), "{error}");
     assert!(traffic.end(&["one"]) > 0);
     // As after a reboot.
@@ -360,9 +352,9 @@ fn silence_is_noticed_and_fails_no_connect_and_a_daemon_that_starts_then_serves_
     assert!(mesh.cleanup().status.success());
     mesh.launch();
     mesh.ready();
-    assert_eq!((dial(&mesh), registry(&mesh)["state"].as_str()), ("one".into(), Some("stale")));
+    assert_eq!((dial(&mesh), mesh.registry()["state"].as_str()), ("one".into(), Some("stale")));
     kubernetes.signal(Signal::CONT);
-    wait_for_state(&mesh, "synced");
+    mesh.wait_for_registry("synced");
     kubernetes.put(&pod("one", &two, READY));
     wait_until("what it says now", || dial(&mesh) == "two");
 }
@@ -402,12 +394,12 @@ fn watches_that_end_or_say_nonsense_and_history_that_is_gone_fail_no_connect() {
     kubernetes.tell("end", &Value::Null);
     wait_until("it says so", || mesh.log().contains(gone));
     follows("a change after history was gone");
-    wait_for_state(&mesh, "synced");
+    mesh.wait_for_registry("synced");
 
     kubernetes.tell("garbage", &Value::Null);
     wait_until("it says so", || mesh.log().contains("what it says is not Kubernetes'"));
     follows("a change after garbage");
-    wait_for_state(&mesh, "synced");
+    mesh.wait_for_registry("synced");
     figure(&format!("kubernetes' watches: {} connects, none failed", traffic.end(&["one", "two"])));
 }
 
@@ -418,11 +410,11 @@ fn somebody_else_at_its_address_removes_nothing() {
     wait_until("the Pod", || dial(&mesh) == "one");
     let traffic = Traffic::start(&mesh, VIP);
     kubernetes.kill();
-    wait_for_state(&mesh, "stale");
+    mesh.wait_for_registry("stale");
     {
         let _other = Server::start_at("no such protocol", &kubernetes.address);
         wait_until("it says so", || {
-            let error = registry(&mesh)["error"].to_string();
+            let error = mesh.registry()["error"].to_string();
             error.contains("corrupt") || error.contains("InvalidMessage") || error.contains("invalid")
         });
     }
@@ -437,8 +429,8 @@ fn a_bad_record_and_a_wrong_token_are_named() {
     bad["endpoints"][0]["addresses"] = json!(["169.254.169.254"]);
     kubernetes.put(&bad);
     let problem = "EndpointSlice default/echo-bad: endpoint";
-    wait_until("it is named", || registry(&mesh)["problems"].to_string().contains(problem));
-    assert_eq!((&registry(&mesh)["state"], &registry(&mesh)["instances"]), (&"synced".into(), &1.into()));
+    wait_until("it is named", || mesh.registry()["problems"].to_string().contains(problem));
+    assert_eq!((&mesh.registry()["state"], &mesh.registry()["instances"]), (&"synced".into(), &1.into()));
     assert_eq!(dial(&mesh), "one");
 
     let mut mesh = prepare(&kubernetes.kubeconfig("wr0ng"), "");
@@ -449,7 +441,7 @@ fn a_bad_record_and_a_wrong_token_are_named() {
     // One that has expired is replaced.
     kubernetes.kubeconfig(TOKEN);
     wait_until("the Pod", || dial(&mesh) == "one");
-    wait_for_state(&mesh, "synced");
+    mesh.wait_for_registry("synced");
 }
 
 #[test]
@@ -487,6 +479,6 @@ fn kmock_s_kubernetes_is_followed() {
     wait_until("it is gone", || states(&mesh).keys().collect::<Vec<_>>() == ["two"]);
     server.kill().unwrap();
     server.wait().unwrap();
-    wait_for_state(&mesh, "stale");
+    mesh.wait_for_registry("stale");
     assert_eq!(dial(&mesh), "two");
 }

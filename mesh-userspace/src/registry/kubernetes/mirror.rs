@@ -393,9 +393,8 @@ enum State {
     Ready,
 }
 
-fn slice(object: Value, rules: &Rules) -> Result<Slice, String> {
+fn slice(mut object: Value, rules: &Rules) -> Result<Slice, String> {
     // One by one, so that a bad one is left out alone.
-    let mut object = object;
     let listed = object.get_mut("endpoints").map(Value::take);
     object["endpoints"] = Value::Array(Vec::new());
     let EndpointSlice { address_type, ports, .. } =
