@@ -60,6 +60,13 @@ pub fn ensure_bpffs(path: &Path) -> io::Result<()> {
             format!("{} is not on a BPF file system", path.display()),
         ));
     }
+    // Two daemons that start at once would each mount one, and the first would lose its own beneath the
+    // other's: the folder that is mounted over is the lock.
+    let place = fs::File::open(USUAL)?;
+    place.lock()?;
+    if is_bpffs(path) {
+        return Ok(());
+    }
     mount("bpf", USUAL, "bpf", MountFlags::empty(), Some(c"mode=0700"))?;
     tracing::info!("mounted the BPF file system at {USUAL}");
     Ok(())

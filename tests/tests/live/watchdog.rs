@@ -1,9 +1,11 @@
 //! What others take away from a running daemon, and what an earlier version left.
 
 use std::{
+    ffi::OsStr,
     fs,
+    io::{BufRead, BufReader},
     path::Path,
-    process::{Command, Output, Stdio},
+    process::{Child, Command, Output, Stdio},
     thread::{self, JoinHandle},
 };
 
@@ -183,6 +185,59 @@ fn a_bpf_file_system_that_is_unmounted_is_named_and_used_again_when_it_is_back()
     mesh.kill();
     assert_eq!(dial(&mesh), "echo");
     mesh.cleanup();
+}
+
+/// A process in a mount namespace that has no BPF file system.
+struct Bare(Child);
+
+impl Bare {
+    fn new() -> Self {
+        let script = "while umount /sys/fs/bpf 2>/dev/null; do :; done; echo bare; read -r end";
+        let mut shell = Command::new("unshare");
+        shell.args(["--mount", "--propagation", "private", "sh", "-c", script]);
+        let mut shell = shell.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(shell.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line, "bare\n");
+        Self(shell)
+    }
+
+    fn inside(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--mount=/proc/{}/ns/mnt", self.0.id())).arg(program);
+        command
+    }
+
+    fn mounts(&self) -> usize {
+        let mounts = fs::read_to_string(format!("/proc/{}/mounts", self.0.id())).unwrap();
+        mounts.lines().filter(|line| line.split(' ').nth(1) == Some("/sys/fs/bpf")).count()
+    }
+}
+
+impl Drop for Bare {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn two_daemons_that_start_at_once_mount_one_bpf_file_system() {
+    let server = Server::start("echo");
+    let bare = Bare::new();
+    let mut mesh = Mesh::prepare(&echo(&server));
+    // As the other daemon, between its look and its mount.
+    let place = fs::File::open(format!("/proc/{}/root/sys/fs/bpf", bare.0.id())).unwrap();
+    place.lock().unwrap();
+    mesh.launch_as(bare.inside(binary()));
+    let waits = |line: &str| line.contains("-> FLOCK") && line.contains(&format!(" {} ", mesh.pid()));
+    wait_until("it waits for the other", || fs::read_to_string("/proc/locks").unwrap().lines().any(waits));
+    assert!(bare.inside("mount").args(["-t", "bpf", "bpf", "/sys/fs/bpf"]).status().unwrap().success());
+    drop(place);
+    mesh.ready();
+    assert_eq!(bare.mounts(), 1);
+    assert_eq!(dial(&mesh), "echo");
+    mesh.stop();
 }
 
 #[test]
