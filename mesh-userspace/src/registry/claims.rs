@@ -71,6 +71,11 @@ impl Claims {
         Ok(())
     }
 
+    /// Whether services claim what others, in the same order, claim.
+    pub fn are_same(some: &[Arc<Service>], others: &[Arc<Service>]) -> bool {
+        some.iter().map(claims).eq(others.iter().map(claims))
+    }
+
     /// As [`add`](Self::add), with the service's name in the message.
     pub fn add_named(&mut self, service: &Service) -> Result<(), String> {
         self.add(service).map_err(|clash| format!("service {}: {clash}", service.id))
@@ -83,6 +88,10 @@ impl Claims {
         }
         services.iter().try_for_each(|service| self.add_named(service))
     }
+}
+
+fn claims(service: &Arc<Service>) -> (&ServiceId, Option<IpAddr>, &[String], Answer, bool) {
+    (&service.id, service.vip, &service.aliases, service.answer, service.api_only)
 }
 
 /// Two names that are one in DNS would share a VIP, which is derived from the full name.

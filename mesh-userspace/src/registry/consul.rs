@@ -1,11 +1,10 @@
 //! The Consul registry: the list of services, and the health of each, by blocking queries.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     net::IpAddr,
     num::NonZeroU16,
     path::PathBuf,
-    sync::Arc,
     time::Duration,
 };
 
@@ -18,7 +17,7 @@ use super::{
     Rules,
     embedded::translate,
     file::format,
-    remote::{self, Body, Said, Tls, reason, secret},
+    remote::{self, Body, Ledger, Said, Tls, reason, secret},
     rules,
 };
 use crate::model::{Instance, Service};
@@ -27,7 +26,7 @@ use crate::model::{Instance, Service};
 const LIST: Duration = Duration::from_secs(4);
 const HEALTH: Duration = Duration::from_secs(60);
 
-/// Between two questions of the same kind: an index may move without any news.
+/// After an answer without news: an index may move for other reasons.
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// The largest answer, in bytes.
@@ -120,27 +119,22 @@ pub struct Client {
     /// Of the connection that there is.
     access: Option<Access>,
     rules: Rules,
-    services: BTreeMap<String, Known>,
+    /// The names that it lists, also those that are none.
+    names: BTreeSet<String>,
+    /// By the index at which the first instance was made.
+    ledger: Ledger<String, u64>,
     questions: JoinSet<(Question, u64, Result<Told, String>)>,
-}
-
-/// What is known of a service.
-#[derive(Default)]
-struct Known {
-    service: Option<Arc<Service>>,
-    /// The index at which its first instance was made.
-    created: u64,
-    problems: Vec<String>,
 }
 
 impl Client {
     /// With settings that were checked.
     pub fn new(settings: Settings, rules: Rules) -> Self {
-        Self { settings, access: None, rules, services: BTreeMap::new(), questions: JoinSet::new() }
+        let (names, ledger) = (BTreeSet::new(), Ledger::new());
+        Self { settings, access: None, rules, names, ledger, questions: JoinSet::new() }
     }
 
-    /// Asks for what is newer than an index; for what there is, where that is zero.
-    fn ask(&mut self, question: Question, index: u64) {
+    /// Asks after a pause for what is newer than an index; for what there is, where that is zero.
+    fn ask(&mut self, question: Question, index: u64, pause: Duration) {
         let (path, mut query, wait) = match &question {
             Question::List => ("v1/catalog/services".to_owned(), Vec::new(), LIST),
             Question::Health(name) => {
@@ -165,9 +159,7 @@ impl Client {
             })
         });
         self.questions.spawn(async move {
-            if index > 0 {
-                tokio::time::sleep(PAUSE).await;
-            }
+            tokio::time::sleep(pause).await;
             let Some(request) = request else { return (question, index, Err("this is no address".into())) };
             let told = tokio::time::timeout(patience, told(request)).await;
             (question, index, told.unwrap_or_else(|_| Err("no answer in time".into())))
@@ -179,7 +171,7 @@ impl Client {
         let Some(done) = self.questions.join_next().await else { return Err("nothing is asked for".into()) };
         let (question, before, told) = done.map_err(|error| error.to_string())?;
         if let Question::Health(name) = &question
-            && !self.services.contains_key(name)
+            && !self.names.contains(name)
         {
             return Ok(false);
         }
@@ -187,14 +179,14 @@ impl Client {
         let changed = match &question {
             Question::List => {
                 let (news, new) = self.list(&told.body).map_err(|why| self.failed(&why))?;
-                new.into_iter().for_each(|name| self.ask(Question::Health(name), 0));
+                new.into_iter().for_each(|name| self.ask(Question::Health(name), 0, Duration::ZERO));
                 news
             }
             Question::Health(name) => self.take(name, &told.body),
         };
         // One that goes backwards is no index of this Consul's any more; zero would be answered at once.
         let index = if told.index < before { 0 } else { told.index.max(1) };
-        self.ask(question, index);
+        self.ask(question, index, if changed { Duration::ZERO } else { PAUSE });
         Ok(changed)
     }
 
@@ -203,40 +195,35 @@ impl Client {
         let list: BTreeMap<String, Vec<String>> =
             serde_json::from_slice(body).map_err(|error| format!("what it says is not Consul's: {error}"))?;
         let has_tag = |tags: &Vec<String>| self.settings.tag.as_ref().is_none_or(|tag| tags.contains(tag));
-        let known = self.services.len();
-        self.services.retain(|name, _| list.get(name).is_some_and(has_tag));
-        let mut news = self.services.len() < known;
+        let names: BTreeSet<_> =
+            list.into_iter().filter(|(_, tags)| has_tag(tags)).map(|(name, _)| name).collect();
+        let gone = self.names.difference(&names);
+        let mut news = gone.map(|name| self.ledger.remove(name)).count() > 0;
         let mut new = Vec::new();
-        for name in list.iter().filter(|(_, tags)| has_tag(tags)).map(|(name, _)| name) {
-            if self.services.contains_key(name) {
-                continue;
-            }
+        for name in names.difference(&self.names) {
             // It is part of a path.
-            let problem = rules::dns_name("name", name).err();
-            match problem {
-                None => new.push(name.clone()),
-                Some(_) => news = true,
+            match rules::dns_name("name", name) {
+                Ok(()) => new.push(name.clone()),
+                Err(why) => {
+                    news |= self.ledger.complain(name.clone(), vec![format!("service {name:?}: {why}")]);
+                }
             }
-            let problems = problem.map(|why| format!("service {name:?}: {why}")).into_iter().collect();
-            self.services.insert(name.clone(), Known { problems, ..Known::default() });
         }
+        self.names = names;
         Ok((news, new))
     }
 
     /// Whether what is said of a service is something else than before.
     fn take(&mut self, name: &str, body: &[u8]) -> bool {
-        let known = self.services.get_mut(name).expect("it was looked for");
-        let (service, created, problems) =
-            match read(name, body, known, &self.settings.namespace, &self.rules) {
-                Ok((service, created, problems)) => (service, created, problems),
-                // What works stays until there is something better.
-                Err(why) => (known.service.as_deref().cloned(), known.created, vec![why]),
-            };
-        let same = known.service.as_deref() == service.as_ref() && known.problems == problems;
-        if !same {
-            *known = Known { service: service.map(Arc::new), created, problems };
+        let name = name.to_owned();
+        let known = self.ledger.services(&name).first();
+        match read(&name, body, known.map(|known| &**known), &self.settings.namespace, &self.rules) {
+            Ok((service, created, problems)) => {
+                self.ledger.put(name, created, service.into_iter().collect(), problems)
+            }
+            // What works stays until there is something better.
+            Err(why) => self.ledger.complain(name, vec![why]),
         }
-        !same
     }
 
     fn failed(&self, why: &str) -> String {
@@ -248,7 +235,7 @@ impl remote::Client for Client {
     async fn connect(&mut self) -> Result<(), String> {
         self.questions = JoinSet::new();
         self.access = Some(self.settings.access(&self.rules).map_err(|why| self.failed(&why))?);
-        self.ask(Question::List, 0);
+        self.ask(Question::List, 0, Duration::ZERO);
         let Some(Ok((_, _, told))) = self.questions.join_next().await else {
             return Err(self.failed("it was not asked"));
         };
@@ -256,12 +243,12 @@ impl remote::Client for Client {
         self.list(&list.body).map_err(|why| self.failed(&why))?;
         // Asked for a few at a time, and only then for news.
         let names: Vec<_> =
-            self.services.keys().filter(|name| rules::dns_name("name", name).is_ok()).cloned().collect();
+            self.names.iter().filter(|name| rules::dns_name("name", name).is_ok()).cloned().collect();
         let mut names = names.into_iter();
         let mut read = Vec::new();
         loop {
             for name in names.by_ref().take(AT_ONCE - self.questions.len()) {
-                self.ask(Question::Health(name), 0);
+                self.ask(Question::Health(name), 0, Duration::ZERO);
             }
             let Some(done) = self.questions.join_next().await else { break };
             let (question, _, told) = done.map_err(|error| error.to_string())?;
@@ -272,9 +259,9 @@ impl remote::Client for Client {
             read.push((question, told.index.max(1)));
         }
         for (question, index) in read {
-            self.ask(question, index);
+            self.ask(question, index, PAUSE);
         }
-        self.ask(Question::List, list.index.max(1));
+        self.ask(Question::List, list.index.max(1), PAUSE);
         Ok(())
     }
 
@@ -283,10 +270,7 @@ impl remote::Client for Client {
     }
 
     fn read(&mut self) -> Said {
-        let problems = self.services.values().flat_map(|known| known.problems.clone());
-        let services = self.services.values();
-        let services = services.filter_map(|known| Some((known.created, known.service.clone()?)));
-        Said::by_age(services.collect(), problems.collect())
+        self.ledger.read()
     }
 }
 
@@ -406,7 +390,13 @@ impl Entry {
 /// The service, the index at which it was made, and what of it is left out.
 type Read = (Option<Service>, u64, Vec<String>);
 
-fn read(name: &str, body: &[u8], known: &Known, namespace: &str, rules: &Rules) -> Result<Read, String> {
+fn read(
+    name: &str,
+    body: &[u8],
+    known: Option<&Service>,
+    namespace: &str,
+    rules: &Rules,
+) -> Result<Read, String> {
     let label = format!("service {name}.{namespace}");
     let entries: Vec<Value> = serde_json::from_slice(body).map_err(|error| format!("{label}: {error}"))?;
     let (mut instances, mut problems) = (Vec::new(), Vec::new());
@@ -452,9 +442,9 @@ fn read(name: &str, body: &[u8], known: &Known, namespace: &str, rules: &Rules) 
 }
 
 /// The port that clients dial: what the instances have in common, else what they had.
-fn port_of(instances: &[Instance], known: &Known) -> Option<NonZeroU16> {
+fn port_of(instances: &[Instance], known: Option<&Service>) -> Option<NonZeroU16> {
     match instances {
-        [] => known.service.as_ref().map(|service| service.id.port),
+        [] => known.map(|service| service.id.port),
         [first, rest @ ..] => rest.iter().all(|one| one.port == first.port).then_some(first.port),
     }
 }
@@ -495,7 +485,7 @@ mod tests {
         })
     }
 
-    fn said(entries: &[Value], known: &Known) -> Result<Read, String> {
+    fn said(entries: &[Value], known: Option<&Service>) -> Result<Read, String> {
         let body = serde_json::to_vec(entries).unwrap();
         read("echo", &body, known, "service.local", &rules::for_tests())
     }
@@ -507,7 +497,7 @@ mod tests {
             entry("b", "10.0.0.2", 8080, "warning"),
             entry("c", "", 8080, "critical"),
         ];
-        let (service, created, problems) = said(&entries, &Known::default()).unwrap();
+        let (service, created, problems) = said(&entries, None).unwrap();
         let service = service.unwrap();
         assert_eq!((service.id.port.get(), created, problems.len()), (8080, 7, 0), "{problems:?}");
         let all: Vec<_> =
@@ -522,9 +512,8 @@ mod tests {
         assert_eq!(service.instances[0].id, "n1/a");
 
         // Without instances it keeps the port that it had.
-        let known = Known { service: Some(service.into()), ..Known::default() };
-        assert_eq!(said(&[], &known).unwrap().0.unwrap().id.port.get(), 8080);
-        assert_eq!(said(&[], &Known::default()).unwrap().0, None);
+        assert_eq!(said(&[], Some(&service)).unwrap().0.unwrap().id.port.get(), 8080);
+        assert_eq!(said(&[], None).unwrap().0, None);
     }
 
     #[test]
@@ -545,7 +534,7 @@ mod tests {
         one["Checks"] = json!([{ "CheckID": "_service_maintenance:a", "Status": "critical" }]);
         one["Service"]["Meta"] = json!({ "mesh.port": "80", "mesh.policy": "random" });
         let other = entry("b", "10.0.0.2", 8081, "passing");
-        let service = said(&[one, other], &Known::default()).unwrap().0.unwrap();
+        let service = said(&[one, other], None).unwrap().0.unwrap();
         assert_eq!((service.id.port.get(), service.instances[0].health), (80, Health::Draining));
     }
 
@@ -561,22 +550,21 @@ mod tests {
             (json!({ "Service": { "ID": "bad" } }), "Node"),
             (json!(7), "invalid type"),
         ] {
-            let (service, _, problems) =
-                said(&[entry("a", "10.0.0.1", 8080, "passing"), bad], &Known::default()).unwrap();
+            let (service, _, problems) = said(&[entry("a", "10.0.0.1", 8080, "passing"), bad], None).unwrap();
             assert_eq!(service.unwrap().instances.len(), 1);
             assert!(problems.len() == 1 && problems[0].contains(why), "{why}: {problems:?}");
         }
         let mixed = [entry("a", "10.0.0.1", 8080, "passing"), entry("b", "10.0.0.2", 8081, "passing")];
-        assert!(said(&mixed, &Known::default()).unwrap_err().contains("no port in common"));
+        assert!(said(&mixed, None).unwrap_err().contains("no port in common"));
     }
 
     proptest! {
         #[test]
         fn no_answer_does_harm(body in prop::collection::vec(any::<u8>(), 0..100), port in any::<i64>(), text in ".{0,9}") {
             let rules = rules::for_tests();
-            let _ = read("echo", &body, &Known::default(), "service.local", &rules);
+            let _ = read("echo", &body, None, "service.local", &rules);
             let odd = [entry(&text, "10.0.0.1", port, &text), entry("a", &text, 80, "passing")];
-            let _ = said(&odd, &Known::default());
+            let _ = said(&odd, None);
         }
     }
 }

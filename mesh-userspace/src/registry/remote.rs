@@ -19,9 +19,11 @@ use super::{Claims, Publisher, Services, Start, services as by_id};
 use crate::model::{Service, ServiceId};
 
 mod fuse;
+mod ledger;
 mod tls;
 
 pub use fuse::Fuse;
+pub use ledger::Ledger;
 pub use tls::{Tls, secret};
 
 /// The time for a connection, and for an answer: together with [`PERIOD`] less than the 10 seconds within

@@ -6,11 +6,10 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use serde_json::{Map, Value};
 
 use crate::{
-    model::{Instance, Service, ServiceId},
+    model::{Instance, Service},
     registry::{
-        Claims, Services,
         file::format,
-        remote::Said,
+        remote::{Ledger, Said},
         rules::{self, Rules},
     },
 };
@@ -32,14 +31,9 @@ pub(super) struct Mirror {
     strays: BTreeMap<Vec<u8>, (String, u64)>,
     /// Counts the times that everything was listed.
     listing: u64,
-    /// Names of which something has changed since it was last read, and whether one is a service's key.
+    /// Names of which something has changed since it was last read.
     changed: BTreeSet<Name>,
-    claimed: bool,
-    /// Services that want what another one has, and what that is.
-    clashes: BTreeMap<Name, String>,
-    /// What was read: the service of a name, and what is wrong with its records.
-    known: BTreeMap<Name, (Option<ServiceId>, Vec<String>)>,
-    services_read: Services,
+    ledger: Ledger<Name, i64>,
 }
 
 struct Record<T> {
@@ -80,27 +74,18 @@ impl Mirror {
             strays: BTreeMap::new(),
             listing: 0,
             changed: BTreeSet::new(),
-            claimed: false,
-            clashes: BTreeMap::new(),
-            known: BTreeMap::new(),
-            services_read: Services::new(),
+            ledger: Ledger::new(),
         }
     }
 
     /// From now on everything is put again.
     pub(super) fn begin(&mut self) {
         self.listing += 1;
-        self.changed.extend(self.services.keys().chain(self.instances.keys()).cloned());
-        self.claimed = true;
-    }
-
-    fn touch(&mut self, name: &Name, claimed: bool) {
-        self.changed.insert(name.clone());
-        self.claimed |= claimed;
     }
 
     /// Everything was put that there is.
     pub(super) fn listed(&mut self) {
+        self.changed.extend(self.services.keys().chain(self.instances.keys()).cloned());
         let listing = self.listing;
         self.services.retain(|_, record| record.listing == listing);
         self.strays.retain(|_, (_, stray)| *stray == listing);
@@ -115,13 +100,13 @@ impl Mirror {
             None => {}
             Some(Err(why)) => drop(self.strays.insert(key.into(), (why, self.listing))),
             Some(Ok(Key::Service(name))) => {
-                self.touch(&name, true);
+                self.changed.insert(name.clone());
                 let said = service(&name, value, &self.rules);
                 let record = Record::take(self.services.remove(&name), said, created, self.listing);
                 self.services.insert(name, record);
             }
             Some(Ok(Key::Instance(name, id))) => {
-                self.touch(&name, false);
+                self.changed.insert(name.clone());
                 let said = instance(&id, value, &self.rules);
                 let instances = self.instances.entry(name).or_default();
                 let record = Record::take(instances.remove(&id), said, created, self.listing);
@@ -135,11 +120,11 @@ impl Mirror {
             None => {}
             Some(Err(_)) => drop(self.strays.remove(key)),
             Some(Ok(Key::Service(name))) => {
-                self.touch(&name, true);
+                self.changed.insert(name.clone());
                 self.services.remove(&name);
             }
             Some(Ok(Key::Instance(name, id))) => {
-                self.touch(&name, false);
+                self.changed.insert(name.clone());
                 let Some(instances) = self.instances.get_mut(&name) else { return };
                 instances.remove(&id);
                 if instances.is_empty() {
@@ -160,41 +145,20 @@ impl Mirror {
 
     /// What is known now. Only names of which something has changed are made anew.
     pub(super) fn read(&mut self) -> Said {
-        if std::mem::take(&mut self.claimed) {
-            let clashes = self.clashes();
-            let differ = |name: &&Name| clashes.get(*name) != self.clashes.get(*name);
-            let names = clashes.keys().chain(self.clashes.keys());
-            self.changed.extend(names.filter(differ).cloned().collect::<Vec<_>>());
-            self.clashes = clashes;
-        }
         for name in std::mem::take(&mut self.changed) {
-            let old = self.known.remove(&name).and_then(|(id, _)| self.services_read.remove(&id?));
             let mut problems = Vec::new();
             let service = self.service(&name, &mut problems);
-            // Listed again, it mostly says what it said.
-            let service = service.map(|new| old.filter(|old| **old == new).unwrap_or_else(|| new.into()));
-            let id = service.as_ref().map(|service| service.id.clone());
-            self.services_read.extend(service.map(|service| (service.id.clone(), service)));
-            if id.is_some() || !problems.is_empty() {
-                self.known.insert(name, (id, problems));
+            match self.services.get(&name).map(|record| record.created) {
+                None if problems.is_empty() => self.ledger.remove(&name),
+                created => {
+                    let services = service.into_iter().collect();
+                    self.ledger.put(name, created.unwrap_or_default(), services, problems);
+                }
             }
         }
-        let strays = self.strays.iter().map(|(key, (why, _))| format!("{}: {why}", shown(key)));
-        let problems = self.known.values().flat_map(|(_, problems)| problems).cloned();
-        let problems = problems.chain(strays).collect();
-        Said { services: self.services_read.clone(), unheard: Vec::new(), problems }
-    }
-
-    /// What services want that one of the earlier ones has.
-    fn clashes(&self) -> BTreeMap<Name, String> {
-        let mut services: Vec<_> = self.services.iter().collect();
-        services.sort_by_key(|(_, record)| record.created);
-        let mut claims = Claims::default();
-        let clash = |(name, record): (&Name, &Record<Service>)| {
-            let clash = claims.add(record.good.as_ref()?).err()?;
-            Some((name.clone(), clash))
-        };
-        services.into_iter().filter_map(clash).collect()
+        let mut said = self.ledger.read();
+        said.problems.extend(self.strays.iter().map(|(key, (why, _))| format!("{}: {why}", shown(key))));
+        said
     }
 
     /// The service of a name, and what is wrong with its records.
@@ -208,10 +172,9 @@ impl Mirror {
             }
             return None;
         };
-        problems.extend(record.why.iter().chain(self.clashes.get(name)).map(|why| format!("{label}: {why}")));
+        problems.extend(record.why.iter().map(|why| format!("{label}: {why}")));
         let instances = self.instances_of(name, problems);
-        let service = record.good.clone().filter(|_| !self.clashes.contains_key(name))?;
-        Some(Service { instances, ..service })
+        Some(Service { instances, ..record.good.clone()? })
     }
 
     fn instances_of(&self, name: &Name, problems: &mut Vec<String>) -> Vec<Instance> {
@@ -413,10 +376,8 @@ mod tests {
         let said = mirror.read();
         assert_eq!(names(&said), ["z"]);
         let [problem] = &*said.problems else { panic!("{:?}", said.problems) };
-        assert!(
-            problem
-                .starts_with("/mesh/services/service.local/a: vip 127.128.0.1 port 80/tcp is already taken")
-        );
+        let why = "service a.service.local:80/tcp: vip 127.128.0.1 port 80/tcp is already taken by service z";
+        assert!(problem.starts_with(why), "{problem}");
         mirror.delete(b"/mesh/services/service.local/z");
         assert_eq!(names(&mirror.read()), ["a"]);
         assert_eq!(mirror.read().problems, [""; 0]);

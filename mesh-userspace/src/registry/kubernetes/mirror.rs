@@ -4,7 +4,6 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     num::NonZeroU16,
-    sync::Arc,
 };
 
 use k8s_openapi::api::{
@@ -17,10 +16,9 @@ use super::Kind;
 use crate::{
     model::{Health, Instance, Protocol, Service},
     registry::{
-        Services,
         embedded::translate,
         file::format,
-        remote::Said,
+        remote::{Ledger, Said},
         rules::{self, Rules},
     },
 };
@@ -73,12 +71,8 @@ pub(super) struct Mirror {
     listing: u64,
     /// Services of which something has changed since they were last read.
     changed: BTreeSet<Name>,
-    /// Whether a Service is new, gone, or another one than before.
-    claimed: bool,
-    known: BTreeMap<Name, Known>,
-    /// What services want that an older one has.
-    clashes: Vec<String>,
-    services: Services,
+    /// One service for each port.
+    ledger: Ledger<Name, i64>,
 }
 
 struct Record<T> {
@@ -100,14 +94,6 @@ impl<T> Record<T> {
     }
 }
 
-/// What was read of a Service: one service for each port, and what is wrong.
-#[derive(Default)]
-struct Known {
-    created: i64,
-    services: Vec<Arc<Service>>,
-    problems: Vec<String>,
-}
-
 impl Mirror {
     pub(super) fn new(domain: String, rules: Rules) -> Self {
         Self {
@@ -120,10 +106,7 @@ impl Mirror {
             strays: BTreeSet::new(),
             listing: 0,
             changed: BTreeSet::new(),
-            claimed: false,
-            known: BTreeMap::new(),
-            clashes: Vec::new(),
-            services: Services::new(),
+            ledger: Ledger::new(),
         }
     }
 
@@ -132,15 +115,13 @@ impl Mirror {
         self.place = place;
         self.listing += 1;
         self.strays.clear();
-        self.changed.extend(self.fronts.keys().cloned());
     }
 
     /// Everything was put that there is.
     pub(super) fn listed(&mut self) {
+        self.changed.extend(self.fronts.keys().cloned());
         let Self { listing, fronts, slices, owners, .. } = self;
-        let before = fronts.len();
         fronts.retain(|_, record| record.listing == *listing);
-        self.claimed |= fronts.len() < before;
         slices.retain(|(namespace, _), slices| {
             slices.retain(|name, record| {
                 let stays = record.listing == *listing;
@@ -166,10 +147,7 @@ impl Mirror {
         match kind {
             Kind::Service => {
                 let said = front(object, &name, &self.domain, &self.rules);
-                let known = self.fronts.remove(&name);
-                let before = known.as_ref().and_then(|known| known.good.clone());
-                let record = Record::take(known, said, self.listing);
-                self.claimed |= record.good != before;
+                let record = Record::take(self.fronts.remove(&name), said, self.listing);
                 self.fronts.insert(name.clone(), record);
                 self.changed.insert(name);
             }
@@ -190,7 +168,7 @@ impl Mirror {
         let Ok(name) = name(object) else { return };
         match kind {
             Kind::Service => {
-                self.claimed |= self.fronts.remove(&name).is_some();
+                self.fronts.remove(&name);
                 self.changed.insert(name);
             }
             Kind::Slice => drop(self.take_slice(&name, None)),
@@ -213,37 +191,24 @@ impl Mirror {
     /// What is known now. Only Services of which something has changed are made anew.
     pub(super) fn read(&mut self) -> Said {
         for name in std::mem::take(&mut self.changed) {
-            let old = self.known.remove(&name).unwrap_or_default();
-            let new = self.known_of(&name, &old.services);
-            for service in &new.services {
-                // One that is not there is new, or wants what another has.
-                if let Some(known) = self.services.get_mut(&service.id) {
-                    known.clone_from(service);
-                }
-            }
-            if !(new.services.is_empty() && new.problems.is_empty()) {
-                self.known.insert(name, new);
-            }
+            self.read_one(name);
         }
-        if std::mem::take(&mut self.claimed) {
-            let all = self.known.values();
-            let all = all.flat_map(|known| known.services.iter().map(|one| (known.created, one.clone())));
-            let Said { services, problems, .. } = Said::by_age(all.collect(), Vec::new());
-            (self.services, self.clashes) = (services, problems);
-        }
-        let problems = self.known.values().flat_map(|known| &known.problems);
-        let problems = problems.chain(&self.clashes).chain(&self.strays).cloned().collect();
-        Said { services: self.services.clone(), unheard: Vec::new(), problems }
+        let mut said = self.ledger.read();
+        said.problems.extend(self.strays.iter().cloned());
+        said
     }
 
-    fn known_of(&self, name: &Name, before: &[Arc<Service>]) -> Known {
+    fn read_one(&mut self, name: Name) {
         let mut problems = Vec::new();
         let label = |what: &str, why: &str| format!("{what} {}/{}: {why}", name.0, name.1);
-        let Some(record) = self.fronts.get(name) else { return Known::default() };
+        let Some(record) = self.fronts.get(&name) else { return self.ledger.remove(&name) };
         problems.extend(record.why.iter().map(|why| label("Service", why)));
-        let Some(front) = &record.good else { return Known { problems, ..Known::default() } };
+        let Some(front) = &record.good else {
+            self.ledger.put(name, 0, Vec::new(), problems);
+            return;
+        };
         problems.extend(front.problems.iter().map(|why| label("Service", why)));
-        let slices = self.slices.get(name).into_iter().flatten();
+        let slices = self.slices.get(&name).into_iter().flatten();
         for (slice, record) in slices.clone() {
             let wrong = record.good.iter().flat_map(|good| &good.problems).chain(&record.why);
             let label = |why: &String| format!("EndpointSlice {}/{slice}: {why}", name.0);
@@ -252,10 +217,10 @@ impl Mirror {
         let slices: Vec<_> = slices.filter_map(|(_, record)| record.good.as_ref()).collect();
         let services = front.ports.iter().map(|port| {
             let instances = instances(port, front.local, &slices, &self.place);
-            let new = Service { instances, ..port.service.clone() };
-            before.iter().find(|old| ***old == new).cloned().unwrap_or_else(|| new.into())
+            Service { instances, ..port.service.clone() }
         });
-        Known { created: front.created, services: services.collect(), problems }
+        let services = services.collect();
+        self.ledger.put(name, front.created, services, problems);
     }
 }
 

@@ -8,6 +8,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use imbl::ordmap::DiffItem;
+
 use crate::{
     model::{Service, ServiceId},
     registry::{Services, Snapshot},
@@ -28,6 +30,9 @@ const LEAST: usize = 10;
 pub struct Fuse {
     /// What is in use.
     held: Arc<Snapshot>,
+    /// What was said last, and how much that is: counted by what has changed.
+    said: Services,
+    left: Counts,
     /// The most there was of late.
     most: Counts,
     /// When that was counted.
@@ -57,6 +62,24 @@ impl Counts {
         })
     }
 
+    /// How much is said `now`, where `before` this was said.
+    fn follow(&mut self, before: &Services, now: &Services) {
+        for change in before.diff(now) {
+            let (old, new) = match change {
+                DiffItem::Add(_, new) => (None, Some(new)),
+                DiffItem::Update { old: (_, old), new: (_, new) } => (Some(old), Some(new)),
+                DiffItem::Remove(_, old) => (Some(old), None),
+            };
+            let (old, new) = (Self::of(old.into_iter()), Self::of(new.into_iter()));
+            self.services = self.services + new.services - old.services;
+            self.instances = self.instances + new.instances - old.instances;
+        }
+    }
+
+    fn plus(self, other: Self) -> Self {
+        Self { services: self.services + other.services, instances: self.instances + other.instances }
+    }
+
     fn max(self, other: Self) -> Self {
         Self { services: self.services.max(other.services), instances: self.instances.max(other.instances) }
     }
@@ -81,7 +104,14 @@ impl Fuse {
     pub fn new(kept: Option<Arc<Snapshot>>) -> Self {
         let kept = kept.map(|kept| crate::registry::services(kept.all().cloned())).unwrap_or_default();
         let held = Snapshot { kept, ..Snapshot::default() };
-        Self { most: Counts::of(held.all()), held: Arc::new(held), counted: Instant::now(), blown: None }
+        Self {
+            most: Counts::of(held.all()),
+            held: Arc::new(held),
+            said: Services::new(),
+            left: Counts::default(),
+            counted: Instant::now(),
+            blown: None,
+        }
     }
 
     /// What is in use.
@@ -94,7 +124,9 @@ impl Fuse {
     pub fn pass(&mut self, said: Services, unheard: &[ServiceId], now: Instant) -> Option<String> {
         let kept = unheard.iter().filter_map(|id| Some((id.clone(), self.held.kept.get(id)?.clone())));
         let kept: Services = kept.collect();
-        let left = Counts::of(said.values().chain(kept.values()));
+        self.left.follow(&self.said, &said);
+        self.said = said.clone();
+        let left = self.left.plus(Counts::of(kept.values()));
         if now.duration_since(self.counted) > WINDOW {
             (self.most, self.counted) = (Counts::of(self.held.all()), now);
         }
