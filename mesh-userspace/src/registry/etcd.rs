@@ -20,7 +20,7 @@ mod mirror;
 use mirror::Mirror;
 
 /// As many keys are asked for at a time; fewer where they hold so much that the answer is too large.
-const PAGE: usize = 1000;
+const PAGE: usize = 10_000;
 
 /// The largest answer, and the largest message of a watch, in bytes. etcd takes requests of 1.5 MiB.
 const MAX: usize = 16 << 20;

@@ -40,7 +40,7 @@ pub const KEEPALIVES: u32 = 2;
 
 /// Pauses between attempts. A registry that is back is noticed within the longest.
 const SHORTEST: Duration = Duration::from_millis(50);
-const LONGEST: Duration = Duration::from_secs(1);
+const LONGEST: Duration = Duration::from_millis(500);
 
 /// What has worked for so long has not failed again at once.
 const CALM: Duration = Duration::from_secs(10);
