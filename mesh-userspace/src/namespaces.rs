@@ -17,6 +17,7 @@ use ipnet::IpNet;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
+    time::{ClockId, clock_gettime},
 };
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -29,10 +30,13 @@ mod listen;
 
 pub use listen::Names;
 
-/// How often new namespaces are looked for.
+/// How often new namespaces are looked for; where there are many tasks less often, so that it takes no more
+/// than a thousandth of a processor.
 const PERIOD: Duration = Duration::from_secs(1);
-/// Every so many looks all namespaces are looked at: a thread may have changed its own.
-const FULL_LOOK: u32 = 30;
+const LONGEST: Duration = Duration::from_secs(5);
+const SHARE: u32 = 1000;
+/// How often all namespaces are looked at, too: a thread may have changed its own.
+const FULL_LOOK: Duration = Duration::from_secs(30);
 
 pub struct Namespaces {
     cgroup: PathBuf,
@@ -45,7 +49,8 @@ pub struct Namespaces {
     /// Threads whose namespaces have been dealt with. A namespace's number may soon be another
     /// one's, so it is no use to remember those.
     tasks: BTreeSet<u32>,
-    looks: u32,
+    /// When all are looked at next.
+    full: Instant,
     warned: BTreeSet<&'static str>,
 }
 
@@ -58,7 +63,7 @@ impl Namespaces {
             names: None,
             mute: names,
             tasks: BTreeSet::new(),
-            looks: 0,
+            full: Instant::now(),
             warned: BTreeSet::new(),
         }
     }
@@ -71,10 +76,12 @@ impl Namespaces {
         loop {
             let now = Instant::now();
             if next <= now {
-                next = now + PERIOD;
+                let before = processor_time();
                 self.look();
+                let took = processor_time().saturating_sub(before);
+                next = now + (took * SHARE).clamp(PERIOD, LONGEST);
             }
-            let wait = Timespec::try_from(next.saturating_duration_since(now)).expect("a second at most");
+            let wait = Timespec::try_from(next.saturating_duration_since(now)).expect("some seconds");
             let mut fds = vec![
                 PollFd::new(&word, PollFlags::IN),
                 // proc_pid_mountinfo(5): priority data when a file system is mounted or unmounted.
@@ -95,7 +102,8 @@ impl Namespaces {
                 }
                 // All namespaces once more, to listen there.
                 self.names = self.mute.take();
-                (self.looks, next) = (0, Instant::now());
+                next = Instant::now();
+                self.full = next;
             }
             if names_change {
                 self.look_at_names();
@@ -113,9 +121,9 @@ impl Namespaces {
             let result = names.exclude();
             self.report("cannot let the queries of dns.exclude go where they are sent", result);
         }
-        let full = self.looks.is_multiple_of(FULL_LOOK);
-        self.looks = self.looks.wrapping_add(1);
+        let full = self.full <= Instant::now();
         if full {
+            self.full = Instant::now() + FULL_LOOK;
             self.tasks.clear();
             let result = routes::refuse(&self.ranges, self.priority);
             self.report("cannot set a route for the VIP ranges", result);
@@ -172,6 +180,11 @@ impl Namespaces {
             tracing::warn!("{what}: {error}");
         }
     }
+}
+
+/// What this thread has had of a processor.
+fn processor_time() -> Duration {
+    clock_gettime(ClockId::ThreadCPUTime).try_into().unwrap_or_default()
 }
 
 /// Removes the routes of the daemon with these pins, from every namespace.

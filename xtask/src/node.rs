@@ -28,6 +28,8 @@ pub(crate) struct Node {
     pub(crate) names: Option<SocketAddr>,
     /// The network namespace that the daemon is started in, if it is another one.
     pub(crate) namespace: Option<String>,
+    /// Services and backends that there is room for, if not as many as usual.
+    pub(crate) room: Option<[usize; 2]>,
     daemon: Option<Child>,
 }
 
@@ -49,6 +51,7 @@ impl Node {
             embedded: None,
             names: None,
             namespace: None,
+            room: None,
             socket,
             dir,
             daemon: None,
@@ -101,8 +104,11 @@ impl Node {
             Some(listen) => format!("type = \"embedded\"\nlisten = {listen:?}\n"),
             None => format!("type = \"file\"\npath = {:?}\n", self.services),
         };
+        let room = self.room.map_or_else(String::new, |[services, backends]| {
+            format!("[datapath]\nmax_services = {services}\nmax_backends = {backends}\n\n")
+        });
         let text = format!(
-            "[node]\ncgroup = {:?}\npin_dir = {:?}\nstate_dir = {:?}\n\n[api]\nsocket = {:?}\n\n\
+            "{room}[node]\ncgroup = {:?}\npin_dir = {:?}\nstate_dir = {:?}\n\n[api]\nsocket = {:?}\n\n\
              [web]\nlisten = {:?}\n\n[dns]\nlisten = {:?}\nupstream = []\n\n[backends]\nallow_loopback = true\n\n\
              [[registry]]\n{registry}",
             self.cgroup,

@@ -282,3 +282,19 @@ fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i32> {
         _ => Err(io::Error::last_os_error()),
     }
 }
+
+/// Has the C library give back what is freed: a catalog is read in large pieces that nobody needs afterwards, and
+/// each thread's own heap would keep some of them. Does nothing with another C library.
+pub fn keep_heap_small() {
+    #[cfg(target_env = "gnu")]
+    {
+        /// From so many bytes on a piece is a mapping of its own, and so much may be unused at the heap's end.
+        const LARGE: libc::c_int = 64 << 10;
+        for (parameter, value) in
+            [(libc::M_ARENA_MAX, 1), (libc::M_MMAP_THRESHOLD, LARGE), (libc::M_TRIM_THRESHOLD, LARGE)]
+        {
+            // SAFETY: it takes two numbers, and refuses those that it does not know.
+            unsafe { libc::mallopt(parameter, value) };
+        }
+    }
+}

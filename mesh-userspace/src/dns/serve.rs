@@ -80,15 +80,21 @@ impl Listener {
 
 async fn serve_udp(socket: UdpSocket, core: &Arc<Core>, client: impl Fn(SocketAddr) -> Client) {
     let socket = Arc::new(socket);
-    // A question is never larger; what is cut off here does not parse.
-    let mut buffer = [0; 4096];
     loop {
-        let Ok((length, from)) = socket.recv_from(&mut buffer).await else {
-            tokio::time::sleep(PAUSE).await;
-            continue;
+        let asked = match socket.readable().await {
+            Ok(()) => receive(&socket, core, &client),
+            Err(error) => Err(error),
+        };
+        let (asked, from) = match asked {
+            Ok(asked) => asked,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(_) => {
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
         };
         // Answers that cannot be sent are lost, as any datagram may be.
-        match core.ask(&buffer[..length], client(from), Transport::Udp) {
+        match asked {
             Asked::Ignored => {}
             Asked::Answered(reply) => drop(socket.send_to(&reply, from).await),
             Asked::Elsewhere(question) => {
@@ -100,6 +106,18 @@ async fn serve_udp(socket: UdpSocket, core: &Arc<Core>, client: impl Fn(SocketAd
             }
         }
     }
+}
+
+/// Takes a question that has come. Listeners that wait, of which each task has some, hold no buffer.
+fn receive(
+    socket: &UdpSocket,
+    core: &Core,
+    client: impl Fn(SocketAddr) -> Client,
+) -> io::Result<(Asked, SocketAddr)> {
+    // A question is never larger; what is cut off here does not parse.
+    let mut buffer = [0; 4096];
+    let (length, from) = socket.try_recv_from(&mut buffer)?;
+    Ok((core.ask(&buffer[..length], client(from), Transport::Udp), from))
 }
 
 async fn serve_tcp(listener: TcpListener, core: &Arc<Core>, client: impl Fn(SocketAddr) -> Client) {

@@ -245,7 +245,7 @@ fn a_spoilt_record_is_left_out_alone_and_named() {
     etcd.put("/mesh/services/service.local/a-thief", &format!(r#"{{"port": 80, "vip": "{VIP}"}}"#));
     wait_until("they are named", || {
         names("echo/thief: address 127.128.40.1 lies in a VIP range")
-            && names("service.local/a-thief: vip 127.128.40.1 port 80/tcp is already taken")
+            && names("service a-thief.service.local:80/tcp: vip 127.128.40.1 port 80/tcp is already taken")
     });
 
     for id in ["metadata", "thief", "one"] {

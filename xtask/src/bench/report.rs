@@ -384,7 +384,7 @@ fn failovers(rows: &[Value]) -> String {
 fn memory(rows: &[Value]) -> String {
     let mut text = String::new();
     for services in memory::SERVICES {
-        for what in [memory::BOTH, "PSS", "PSS without files", "maps", "idle CPU"] {
+        for what in [memory::BOTH, "PSS", "PSS without files", "maps", memory::ROOM, "idle CPU"] {
             for arm in ["mesh", "envoy-pair-http"] {
                 let measure = format!("{}{services} services x 10: {what}", memory::PREFIX);
                 let row = |tasks: &usize| find(rows, &measure, &format!("{tasks} tasks"), arm);
