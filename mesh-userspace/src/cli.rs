@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
-use crate::{api::objects, config, daemon, datapath, namespaces, registry};
+use crate::{api::objects, config, daemon, datapath, namespaces, registry, sys};
 
 mod bpf;
 mod check;
@@ -188,7 +188,7 @@ impl Cli {
         match self.command {
             Command::Run(arg) => {
                 init_logging();
-                datapath::sys::keep_heap_small();
+                sys::keep_heap_small();
                 let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
                 let end = runtime.block_on(daemon::run(arg.path(), given));
                 // A file system that does not answer must not keep it from ending.

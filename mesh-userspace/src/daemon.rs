@@ -37,7 +37,7 @@ use crate::{
         self, Publisher, State,
         kept::{self, Keeper},
     },
-    systemd,
+    sys, systemd,
     upkeep::Upkeep,
     web,
 };
@@ -184,12 +184,12 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
 /// Whoever started the daemon may have others wait for it.
 async fn tell_when_ready(view: Arc<View>) {
     const PERIOD: Duration = Duration::from_millis(50);
-    if systemd::listens() {
-        while !view.ready() {
-            tokio::time::sleep(PERIOD).await;
-        }
-        systemd::tell(systemd::READY);
+    while !view.ready() {
+        tokio::time::sleep(PERIOD).await;
     }
+    systemd::tell(systemd::READY);
+    // All was read, perhaps from more than one place; later there are only changes.
+    sys::trim_heap();
 }
 
 /// The VIP ranges are made unreachable for what is not translated. That must not take a network

@@ -27,7 +27,10 @@ pub use pins::{Pins, cleanup, pinned_maps};
 pub use sockets::{Drift, Place, Record, Sockets};
 pub use stats::Stats;
 
-use crate::plan::{Applied, applied::Sizes};
+use crate::{
+    plan::{Applied, applied::Sizes},
+    sys::{self, Link},
+};
 
 mod maps;
 mod migrate;
@@ -37,10 +40,8 @@ mod pins;
 mod resize;
 mod sockets;
 mod stats;
-pub mod sys;
 
 use pins::{is_complete, remove_file, unpin_maps};
-use sys::Link;
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("MESH_BPF_OBJECT"));
 

@@ -16,6 +16,7 @@ pub mod netns;
 pub mod plan;
 pub mod reconcile;
 pub mod registry;
+pub mod sys;
 pub mod systemd;
 pub mod upkeep;
 mod watch;

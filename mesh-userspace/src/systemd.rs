@@ -21,11 +21,6 @@ pub const STOPPING: &str = "STOPPING=1";
 /// Where the teller of the news is heard; nobody need listen.
 const PLACE: &str = "NOTIFY_SOCKET";
 
-/// Whether anybody wants to know.
-pub fn listens() -> bool {
-    env::var_os(PLACE).is_some()
-}
-
 /// Tells it, if anybody wants to know.
 pub fn tell(news: &str) {
     if let Some(place) = env::var_os(PLACE)

@@ -8,14 +8,13 @@ use mesh_common::{
     health::HealthWord,
 };
 
-use super::{
-    Pins, Result, io_error, map_error,
-    pins::pinned,
+use super::{Pins, Result, io_error, map_error, pins::pinned};
+use crate::{
+    plan::{
+        Applied, Op,
+        applied::{Dump, Sizes},
+    },
     sys::{Grace, Words},
-};
-use crate::plan::{
-    Applied, Op,
-    applied::{Dump, Sizes},
 };
 
 /// The maps, opened for writing.

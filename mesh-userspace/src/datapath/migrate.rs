@@ -19,9 +19,11 @@ use super::{
     Maps, Pins, Result, Sockets, map_error,
     maps::{entries, words},
     pins::{is_in_use, pinned},
+};
+use crate::{
+    plan::{Applied, Endpoint},
     sys::Words,
 };
-use crate::plan::{Applied, Endpoint};
 
 /// The maps that the running programs use.
 pub(super) struct Old {

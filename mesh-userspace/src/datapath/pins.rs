@@ -9,10 +9,8 @@ use std::{
 use aya::maps::{MapData, MapInfo};
 use mesh_common::abi::{self, Frontend, map};
 
-use super::{
-    Error, PROGRAMS, Result, io_error, map_error, mounts, program_info,
-    sys::{Link, LinkInfo},
-};
+use super::{Error, PROGRAMS, Result, io_error, map_error, mounts, program_info};
+use crate::sys::{Link, LinkInfo};
 
 /// What the name of a folder of maps begins with; the version of their layout follows.
 const LAYOUT: &str = "abi-";

@@ -17,9 +17,8 @@ use super::{
     Pins, Result,
     maps::{entries, words},
     pins::pinned,
-    sys::Words,
 };
-use crate::{model::DRAIN, plan::Endpoint};
+use crate::{model::DRAIN, plan::Endpoint, sys::Words};
 
 /// A socket, as `SOCKETS` has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -14,8 +14,8 @@ use super::{
     maps::{entries, words},
     pins::pinned,
     sockets::PLACES,
-    sys::{self, Words},
 };
+use crate::sys::{self, Words};
 
 /// What the kernel counts.
 pub struct Stats {

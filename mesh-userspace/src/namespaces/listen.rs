@@ -20,9 +20,10 @@ use rustix::{
 use tokio::{runtime::Handle, task::AbortHandle};
 
 use crate::{
-    datapath::{self, Excluded, NameServers, Pins, Sights, sys},
+    datapath::{self, Excluded, NameServers, Pins, Sights},
     dns,
     netns::{NetNs, routes},
+    sys,
 };
 
 /// The ports to try, from the daemon's own on. Not 53, so that a task can be a name server on all addresses.

@@ -129,7 +129,7 @@ pub struct Client {
 impl Client {
     /// With settings that were checked.
     pub fn new(settings: Settings, rules: Rules) -> Self {
-        let (names, ledger) = (BTreeSet::new(), Ledger::new());
+        let (names, ledger) = (BTreeSet::new(), Ledger::default());
         Self { settings, access: None, rules, names, ledger, questions: JoinSet::new() }
     }
 
@@ -205,7 +205,7 @@ impl Client {
             match rules::dns_name("name", name) {
                 Ok(()) => new.push(name.clone()),
                 Err(why) => {
-                    news |= self.ledger.complain(name.clone(), vec![format!("service {name:?}: {why}")]);
+                    news |= self.ledger.complain(name, vec![format!("service {name:?}: {why}")]);
                 }
             }
         }
@@ -222,7 +222,7 @@ impl Client {
                 self.ledger.put(name, created, service.into_iter().collect(), problems)
             }
             // What works stays until there is something better.
-            Err(why) => self.ledger.complain(name, vec![why]),
+            Err(why) => self.ledger.complain(&name, vec![why]),
         }
     }
 

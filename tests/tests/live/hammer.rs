@@ -20,8 +20,8 @@ use mesh_tests::{
     maps::{Lookups, Written},
 };
 use mesh_userspace::{
-    datapath::sys::Words,
     plan::{Desired, Endpoint, Op, Prune, Wanted, applied::Sizes},
+    sys::Words,
 };
 
 const SERVICES: u32 = 512;

@@ -74,7 +74,7 @@ impl Mirror {
             strays: BTreeMap::new(),
             listing: 0,
             changed: BTreeSet::new(),
-            ledger: Ledger::new(),
+            ledger: Ledger::default(),
         }
     }
 

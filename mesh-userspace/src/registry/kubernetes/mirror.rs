@@ -106,7 +106,7 @@ impl Mirror {
             strays: BTreeSet::new(),
             listing: 0,
             changed: BTreeSet::new(),
-            ledger: Ledger::new(),
+            ledger: Ledger::default(),
         }
     }
 

@@ -283,18 +283,21 @@ fn bpf(command: bpf_cmd, attr: &mut bpf_attr) -> io::Result<i32> {
     }
 }
 
-/// Has the C library give back what is freed: a catalog is read in large pieces that nobody needs afterwards, and
-/// each thread's own heap would keep some of them. Does nothing with another C library.
+/// Has the C library keep one heap for all threads, of which a large piece is no part: what is read is large, and
+/// most of it is soon needed no more. For a start; does nothing with another C library.
 pub fn keep_heap_small() {
     #[cfg(target_env = "gnu")]
-    {
-        /// From so many bytes on a piece is a mapping of its own, and so much may be unused at the heap's end.
-        const LARGE: libc::c_int = 64 << 10;
-        for (parameter, value) in
-            [(libc::M_ARENA_MAX, 1), (libc::M_MMAP_THRESHOLD, LARGE), (libc::M_TRIM_THRESHOLD, LARGE)]
-        {
-            // SAFETY: it takes two numbers, and refuses those that it does not know.
-            unsafe { libc::mallopt(parameter, value) };
-        }
+    for (parameter, value) in [(libc::M_ARENA_MAX, 1), (libc::M_MMAP_THRESHOLD, 64 << 10)] {
+        // SAFETY: it takes two numbers, and refuses those that it does not know.
+        unsafe { libc::mallopt(parameter, value) };
+    }
+}
+
+/// Gives pages of the heap back that hold nothing any more. Takes some milliseconds with a large heap.
+pub fn trim_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it only touches what is free.
+    unsafe {
+        libc::malloc_trim(0);
     }
 }
