@@ -18,8 +18,9 @@ use mesh_common::{
     lookup::WORDS,
 };
 use mesh_userspace::{
-    datapath::{self, Datapath, Options, Pins, sys::Words},
+    datapath::{self, Datapath, Options, Pins},
     plan::{self, Applied, Desired, Op, Prune, applied::Sizes},
+    sys::Words,
 };
 
 use crate::{unique, wait_until};

@@ -28,6 +28,7 @@ mod registries;
 mod report;
 mod rivals;
 mod scale;
+mod services;
 mod stats;
 mod usage;
 mod world;
@@ -104,7 +105,7 @@ impl Part {
             Self::Policies => policies::measure(batches),
             Self::Names => names::measure(batches),
             Self::Registries => registries::measure(10 * effort.changes),
-            Self::Scale => scale::measure(effort.changes),
+            Self::Scale => scale::measure(effort.changes, batches),
         }
     }
 

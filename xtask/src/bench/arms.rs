@@ -160,7 +160,7 @@ pub(super) struct Sinks {
 }
 
 impl Sinks {
-    fn open() -> anyhow::Result<Self> {
+    pub(super) fn open() -> anyhow::Result<Self> {
         let (mut all, mut datagrams) = (Vec::new(), Vec::new());
         let mut port = || -> anyhow::Result<u16> {
             let listener = TcpListener::bind("127.0.0.1:0")?;

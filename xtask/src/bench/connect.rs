@@ -10,7 +10,7 @@ use std::{
     io::{self, BufRead, BufReader, Lines, Write},
     net::{IpAddr, SocketAddr},
     os::fd::OwnedFd,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -22,7 +22,7 @@ use rustix::net::{
 use serde_json::{Value, json};
 
 use super::{
-    arms::{ARMS, Arm, Bench, Hooks, PORT, VIP, VIP6},
+    arms::{ARMS, Arm, Bench, Hooks, PORT, Sinks, VIP, VIP6},
     stats::{confidence, median},
 };
 use crate::{
@@ -149,18 +149,30 @@ pub(super) fn hook_times(bench: &mut Bench, batches: usize) -> anyhow::Result<Ve
 
 /// For each round and arm, nanoseconds per call and per close.
 fn run_clients(bench: &Bench, kind: Kind, arms: &[&Arm]) -> anyhow::Result<Vec<Vec<[f64; 2]>>> {
-    let mut clients =
-        arms.iter().map(|arm| Client::start(bench, kind, arm)).collect::<anyhow::Result<Vec<_>>>()?;
+    let clients = arms.iter().map(|arm| {
+        let addresses = kind.addresses(arm.dials_vip, bench.sinks.ports);
+        Client::start(kind, &addresses, bench.cgroup(arm).map(PathBuf::as_path))
+    });
+    rounds(clients.collect::<anyhow::Result<_>>()?, &bench.sinks)
+}
+
+/// Lets clients take turns; for each round and client, nanoseconds per call and per close.
+pub(super) fn rounds(mut clients: Vec<Client>, sinks: &Sinks) -> anyhow::Result<Vec<Vec<[f64; 2]>>> {
+    // The first slice warms up.
+    for client in &mut clients {
+        client.slice()?;
+        sinks.accept();
+    }
     let mut rounds = Vec::new();
     for round in 0..ROUNDS {
-        let mut order: Vec<usize> = (0..arms.len()).collect();
+        let mut order: Vec<usize> = (0..clients.len()).collect();
         if round % 2 == 1 {
             order.reverse();
         }
-        let mut ns = vec![[0.0; 2]; arms.len()];
-        for arm in order {
-            ns[arm] = clients[arm].slice()?;
-            bench.sinks.accept();
+        let mut ns = vec![[0.0; 2]; clients.len()];
+        for client in order {
+            ns[client] = clients[client].slice()?;
+            sinks.accept();
         }
         rounds.push(ns);
     }
@@ -168,26 +180,23 @@ fn run_clients(bench: &Bench, kind: Kind, arms: &[&Arm]) -> anyhow::Result<Vec<V
 }
 
 /// The process of an arm.
-struct Client {
+pub(super) struct Client {
     child: Child,
     stdin: Option<ChildStdin>,
     lines: Lines<BufReader<ChildStdout>>,
 }
 
 impl Client {
-    fn start(bench: &Bench, kind: Kind, arm: &Arm) -> anyhow::Result<Self> {
+    /// In this cgroup, it dials the addresses in turn.
+    pub(super) fn start(kind: Kind, addresses: &[String], cgroup: Option<&Path>) -> anyhow::Result<Self> {
         let mut client = Command::new(std::env::current_exe()?);
-        client.args(["bench-client", &kind.word()]).args(kind.addresses(arm.dials_vip, bench.sinks.ports));
-        if let Some(cgroup) = bench.cgroup(arm) {
+        client.args(["bench-client", &kind.word()]).args(addresses);
+        if let Some(cgroup) = cgroup {
             client.arg("--cgroup").arg(cgroup);
         }
         let mut child = client.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let lines = BufReader::new(child.stdout.take().context("a pipe")?).lines();
-        let mut client = Self { stdin: child.stdin.take(), child, lines };
-        // The first slice warms up.
-        client.slice()?;
-        bench.sinks.accept();
-        Ok(client)
+        Ok(Self { stdin: child.stdin.take(), child, lines })
     }
 
     fn slice(&mut self) -> anyhow::Result<[f64; 2]> {
@@ -210,11 +219,12 @@ pub(crate) fn client(args: &ClientArgs) -> anyhow::Result<()> {
     if let Some(cgroup) = &args.cgroup {
         enter(cgroup)?;
     }
+    let mut addresses = args.addresses.iter().cycle();
     for line in io::stdin().lines() {
         line?;
         let sockets = (0..SLICE).map(|_| args.kind.socket()).collect::<anyhow::Result<Vec<_>>>()?;
         let start = Instant::now();
-        for (socket, address) in sockets.iter().zip(args.addresses.iter().cycle()) {
+        for (socket, address) in sockets.iter().zip(addresses.by_ref()) {
             match args.kind {
                 Kind::Datagram => ensure!(sendto(socket, b"x", SendFlags::empty(), address)? == 1),
                 _ => connect(socket, address)?,

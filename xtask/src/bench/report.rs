@@ -2,7 +2,9 @@
 
 use serde_json::Value;
 
-use super::{failover, line, load, memory, names, registries, rivals::KINDS, scale, world::Topology};
+use super::{
+    failover, line, load, memory, names, registries, rivals::KINDS, scale, services, world::Topology,
+};
 
 /// Everything of it, and the pictures that were drawn.
 pub(super) fn markdown(report: &Value, pictures: &[(&str, &str)]) -> String {
@@ -70,6 +72,8 @@ enum Of {
     MeshVs,
     /// More than direct.
     OverDirect,
+    /// Relative to one service.
+    VsOne,
     Value,
 }
 
@@ -204,6 +208,15 @@ fn all_goals() -> Vec<Goal> {
             true,
             0.4,
         ),
+        Goal {
+            what: "connects/s with 100,000 services, relative to 1",
+            measure: services::MEASURE.into(),
+            topology: "loopback",
+            arm: services::MANY,
+            of: Of::VsOne,
+            at_most: false,
+            goal: 0.99,
+        },
         of_memory("PSS of the daemon, 100 tasks, 1,000 services, 10,000 backends, MiB", "PSS", true, 15.0),
         of_memory("its maps, MiB", "maps", true, 8.0),
         of_memory("idle CPU, ms/s", "idle CPU", true, 0.1),
@@ -222,7 +235,7 @@ fn goals(rows: &[Value]) -> String {
             _ => "not decided",
         };
         let again = find(rows, &goal.measure, goal.topology, "direct-again");
-        let again = again.filter(|_| !matches!(goal.of, Of::Value | Of::MeshVs));
+        let again = again.filter(|_| !matches!(goal.of, Of::Value | Of::MeshVs | Of::VsOne));
         let again = again.and_then(|row| self::value(row, &goal.of)).map_or_else(|| "-".into(), interval);
         let shown = if low.total_cmp(&high).is_eq() { rounded(value) } else { interval((value, low, high)) };
         let sign = if goal.at_most { "≤" } else { "≥" };
@@ -278,11 +291,12 @@ fn value(row: &Value, of: &Of) -> Option<(f64, f64, f64)> {
         Of::VsDirect => &row["vs_direct"],
         Of::MeshVs => &row["mesh_vs"],
         Of::OverDirect => &row["over_direct"],
+        Of::VsOne => &row["vs_one"],
     };
     Some((compared["ratio"].as_f64()?, compared["low"].as_f64()?, compared["high"].as_f64()?))
 }
 
-fn interval((value, low, high): (f64, f64, f64)) -> String {
+pub(super) fn interval((value, low, high): (f64, f64, f64)) -> String {
     let digits = if value.abs() < 2.0 { 3 } else { 1 };
     format!("{value:.digits$} ({low:.digits$} to {high:.digits$})")
 }

@@ -5,6 +5,7 @@ use std::process::Command;
 use anyhow::Context;
 use serde_json::{Value, json};
 
+use super::services;
 use crate::tools::{self, cargo, output, run};
 
 /// Services, backends of each, changes.
@@ -20,7 +21,7 @@ const TABLES: [(u32, u32, u32); 7] = [
 
 /// Rows of all tables, then of the programs. Each change ends with a grace, which is what takes the time:
 /// so many percent of them are made.
-pub(super) fn measure(percent: u32) -> anyhow::Result<Vec<Value>> {
+pub(super) fn measure(percent: u32, batches: usize) -> anyhow::Result<Vec<Value>> {
     run(cargo().args(["build", "--release", "--locked", "--package", "mesh-tests", "--bin", "scale"]))?;
     let mut rows = Vec::new();
     for (services, backends, changes) in TABLES {
@@ -35,6 +36,7 @@ pub(super) fn measure(percent: u32) -> anyhow::Result<Vec<Value>> {
         (what.to_owned(), program.to_owned())
     };
     rows.extend(read(&["programs".into()], program)?);
+    rows.extend(services::measure(batches)?);
     Ok(rows)
 }
 
@@ -103,7 +105,7 @@ pub(super) fn markdown(rows: &[Value]) -> String {
             ["verified instructions", "instructions", "stack"].map(|what| value(&format!("scale: {what}")));
         text += &format!("| {program} | {verified} | {all} | {stack} |\n");
     }
-    text
+    text + &services::markdown(rows)
 }
 
 pub(super) fn is_ours(row: &Value) -> bool {
