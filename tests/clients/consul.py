@@ -73,7 +73,12 @@ class Handler(BaseHTTPRequestHandler):
             self.say(200, True)
 
 
-server = ThreadingHTTPServer((address, int(port)), Handler)
+class Server(ThreadingHTTPServer):
+    def handle_error(self, *_):
+        """A client that has gone is its own affair."""
+
+
+server = Server((address, int(port)), Handler)
 if certificate:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(*certificate)

@@ -9,40 +9,57 @@ use std::{
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::{certificates::Certificates, free_address, text, wait_until};
+use crate::{certificates::Certificates, netns::Place, text, wait_until};
 
 /// One server, until the test ends.
 pub struct Etcd {
     pub address: String,
-    peer: String,
-    /// Whether it speaks TLS, and asks clients for certificates.
-    certificates: Option<Certificates>,
+    settings: Settings,
     /// Of its root user.
     password: Option<&'static str>,
     dir: TempDir,
     server: Child,
 }
 
+/// With what it is started, each time.
+struct Settings {
+    place: Place,
+    address: String,
+    peer: String,
+    /// Whether it speaks TLS, and asks clients for certificates.
+    certificates: Option<Certificates>,
+    options: &'static [&'static str],
+}
+
 impl Etcd {
     pub fn start() -> Self {
-        Self::launch(None)
+        Self::launch(Place::here(), None, &[])
+    }
+
+    pub fn start_at(place: Place) -> Self {
+        Self::launch(place, None, &[])
     }
 
     pub fn start_with(certificates: Certificates) -> Self {
-        Self::launch(Some(certificates))
+        Self::launch(Place::here(), Some(certificates), &[])
     }
 
-    fn launch(certificates: Option<Certificates>) -> Self {
-        let (address, peer) = (free_address(), free_address());
+    /// With more options on its command line.
+    pub fn start_as(options: &'static [&'static str]) -> Self {
+        Self::launch(Place::here(), None, options)
+    }
+
+    fn launch(place: Place, certificates: Option<Certificates>, options: &'static [&'static str]) -> Self {
+        let (address, peer) = (place.free_address(), place.free_address());
         let dir = TempDir::with_prefix("mesh-etcd").unwrap();
-        let server = launch(&address, &peer, certificates.as_ref(), &dir);
-        let etcd = Self { address, peer, certificates, password: None, dir, server };
+        let settings = Settings { place, address: address.clone(), peer, certificates, options };
+        let etcd = Self { address, server: settings.launch(&dir), settings, password: None, dir };
         etcd.wait();
         etcd
     }
 
     pub fn url(&self) -> String {
-        url(&self.address, self.certificates.as_ref())
+        self.settings.url()
     }
 
     /// From now on only users are served: a root, and one that may read what is below a prefix.
@@ -70,7 +87,7 @@ impl Etcd {
 
     /// After [`kill`](Self::kill), with what it held.
     pub fn restart(&mut self) {
-        self.server = launch(&self.address, &self.peer, self.certificates.as_ref(), &self.dir);
+        self.server = self.settings.launch(&self.dir);
         self.wait();
     }
 
@@ -94,9 +111,9 @@ impl Etcd {
     }
 
     fn client(&self) -> Command {
-        let mut etcdctl = Command::new("etcdctl");
+        let mut etcdctl = self.settings.place.command("etcdctl");
         etcdctl.env("ETCDCTL_API", "3").args(["--endpoints", &self.url()]);
-        if let Some(Certificates { ca, cert, key, .. }) = &self.certificates {
+        if let Some(Certificates { ca, cert, key, .. }) = &self.settings.certificates {
             etcdctl.arg("--cacert").arg(ca).arg("--cert").arg(cert).arg("--key").arg(key);
         }
         if let Some(password) = self.password {
@@ -127,22 +144,25 @@ impl Etcd {
     }
 }
 
-fn url(address: &str, certificates: Option<&Certificates>) -> String {
-    format!("{}://{address}", if certificates.is_some() { "https" } else { "http" })
-}
-
-fn launch(address: &str, peer: &str, certificates: Option<&Certificates>, dir: &TempDir) -> Child {
-    let (address, peer) = (url(address, certificates), format!("http://{peer}"));
-    let mut etcd = Command::new("etcd");
-    etcd.arg("--data-dir").arg(dir.path().join("data"));
-    etcd.args(["--listen-client-urls", &address, "--advertise-client-urls", &address]);
-    etcd.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
-    etcd.args(["--initial-cluster", &format!("default={peer}")]);
-    if let Some(Certificates { ca, cert, key, .. }) = certificates {
-        etcd.arg("--client-cert-auth").arg("--trusted-ca-file").arg(ca);
-        etcd.arg("--cert-file").arg(cert).arg("--key-file").arg(key);
+impl Settings {
+    fn url(&self) -> String {
+        let scheme = if self.certificates.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.address)
     }
-    etcd.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+
+    fn launch(&self, dir: &TempDir) -> Child {
+        let (address, peer) = (self.url(), format!("http://{}", self.peer));
+        let mut etcd = self.place.command("etcd");
+        etcd.arg("--data-dir").arg(dir.path().join("data")).args(self.options);
+        etcd.args(["--listen-client-urls", &address, "--advertise-client-urls", &address]);
+        etcd.args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer]);
+        etcd.args(["--initial-cluster", &format!("default={peer}")]);
+        if let Some(Certificates { ca, cert, key, .. }) = &self.certificates {
+            etcd.arg("--client-cert-auth").arg("--trusted-ca-file").arg(ca);
+            etcd.arg("--cert-file").arg(cert).arg("--key-file").arg(key);
+        }
+        etcd.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    }
 }
 
 impl Drop for Etcd {

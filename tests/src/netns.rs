@@ -1,8 +1,12 @@
 //! Network namespaces joined by a switch.
 
-use std::{cell::Cell, process::Command};
+use std::{
+    cell::Cell,
+    ffi::OsStr,
+    process::{Command, Stdio},
+};
 
-use crate::{text, unique};
+use crate::{free_address, text, unique};
 
 /// A switch, in a namespace of its own, and the hosts that are plugged into it.
 pub struct Network {
@@ -19,6 +23,16 @@ pub struct Host {
 
 /// A network namespace with a name.
 struct Namespace(String);
+
+/// For as long as it lives, whatever comes to a host and leaves it is dropped, and nobody is told.
+pub struct BlackHole<'a>(&'a Host);
+
+/// Where a server of a test runs: on this machine's loopback, or on a host.
+#[derive(Clone)]
+pub struct Place {
+    enter: Vec<String>,
+    pub address: String,
+}
 
 impl Network {
     pub fn new() -> Self {
@@ -73,9 +87,81 @@ impl Host {
         command
     }
 
+    pub fn place(&self) -> Place {
+        Place { enter: self.enter().into(), address: self.address.clone() }
+    }
+
+    /// Drops packets, by `nft`. What stays on the host passes.
+    pub fn black_hole(&self) -> BlackHole<'_> {
+        self.nft(
+            r#"add table inet hole
+add chain inet hole in { type filter hook input priority 0; }
+add chain inet hole out { type filter hook output priority 0; }
+add rule inet hole in iifname "v0" counter drop
+add rule inet hole out oifname "v0" counter drop"#,
+        );
+        BlackHole(self)
+    }
+
+    /// How many connections there are with others.
+    pub fn connections(&self) -> usize {
+        let output = self.command("ss").args(["-Htn", "state", "established", "src", &self.address]).output();
+        let (output, own) = (text(&output.unwrap()), format!("{}:", self.address));
+        output.lines().filter(|line| line.matches(&own).count() == 1).count()
+    }
+
+    fn nft(&self, rules: &str) -> String {
+        let output = self.command("nft").arg(rules).output().unwrap();
+        assert!(output.status.success(), "nft {rules}: {}", text(&output));
+        text(&output)
+    }
+
     /// Pulls the cable out: what is sent to this host is lost from now on.
     pub fn unplug(&self) {
         ip(&["-n", &self.namespace.0, "link", "set", "v0", "down"]);
+    }
+}
+
+impl BlackHole<'_> {
+    /// How many packets have been.
+    pub fn dropped(&self) -> u64 {
+        let table = self.0.nft("list table inet hole");
+        let counts = table.split("counter packets ").skip(1);
+        counts.map(|rest| rest.split(' ').next().unwrap().parse::<u64>().unwrap()).sum()
+    }
+}
+
+impl Drop for BlackHole<'_> {
+    fn drop(&mut self) {
+        let gone = self.0.command("nft").arg("delete table inet hole").status();
+        assert!(std::thread::panicking() || gone.unwrap().success(), "the black hole stays");
+    }
+}
+
+impl Place {
+    pub fn here() -> Self {
+        Self { enter: Vec::new(), address: "127.0.0.1".into() }
+    }
+
+    /// A command there.
+    pub fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let Some((enter, args)) = self.enter.split_first() else { return Command::new(program) };
+        let mut command = Command::new(enter);
+        command.args(args).arg(program);
+        command
+    }
+
+    /// An address there and a port that nobody listens on at the moment.
+    pub fn free_address(&self) -> String {
+        let here = free_address();
+        let (_, port) = here.split_once(':').unwrap();
+        format!("{}:{port}", self.address)
+    }
+
+    /// Whether somebody listens at an address of this place.
+    pub fn listens(&self, address: &str) -> bool {
+        let dial = format!("exec 3<>/dev/tcp/{}", address.replace(':', "/"));
+        self.command("bash").args(["-c", &dial]).stderr(Stdio::null()).status().unwrap().success()
     }
 }
 

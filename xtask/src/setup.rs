@@ -24,6 +24,8 @@ const PACKAGES: &[(&str, &str)] = &[
     ("dnsmasq-base", "dnsmasq --version"),
     ("bind9-dnsutils", "dig -v"),
     ("iproute2", "ip -V"),
+    // Makes black holes.
+    ("nftables", "nft --version"),
     ("util-linux", "nsenter --version"),
     ("python3", "python3 --version"),
     ("python3-venv", "python3 -c 'import ensurepip, venv'"),

@@ -56,10 +56,10 @@ const INSTANCES: i32 = 1000;
 const SHORTEST: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(3600);
 
-/// Together less than the 10 seconds within which a registry that has fallen silent is noticed.
+/// With [`POLL`] well below the 10 seconds within which a registry that has fallen silent is noticed.
 const CONNECT: Duration = Duration::from_secs(2);
 const ATTEMPT: Duration = Duration::from_secs(4);
-const CALL: Duration = Duration::from_secs(8);
+const CALL: Duration = Duration::from_secs(7);
 
 /// The keys in the configuration.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]

@@ -2,20 +2,27 @@
 
 use std::{
     fs,
-    net::TcpStream,
-    process::{Child, Command, Stdio},
+    process::{Child, Stdio},
 };
 
-use mesh_tests::{Mesh, certificates::Certificates, figure, free_address, server::Server, text, wait_until};
+use mesh_tests::{
+    Mesh,
+    certificates::Certificates,
+    done, figure,
+    netns::{Host, Network, Place},
+    server::Server,
+    text, wait_until,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::traffic::Traffic;
+use crate::{black_hole, traffic::Traffic};
 
 const VIP: &str = "127.128.42.1";
 const TOKEN: &str = "b1gs33cr3t";
 
 struct Consul {
+    place: Place,
     address: String,
     certificates: Option<Certificates>,
     server: Child,
@@ -23,22 +30,19 @@ struct Consul {
 
 impl Consul {
     fn start() -> Self {
-        Self::launch(None)
+        Self::launch(Place::here(), None)
     }
 
-    fn launch(certificates: Option<Certificates>) -> Self {
-        let address = free_address();
-        let (host, port) = address.split_once(':').unwrap();
-        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/consul.py");
-        let mut server = Command::new("python3");
-        server.args([script, host, port, TOKEN]);
-        if let Some(Certificates { cert, key, .. }) = &certificates {
-            server.arg(cert).arg(key);
-        }
-        let server = server.stdin(Stdio::null()).spawn().unwrap();
-        let consul = Self { address, certificates, server };
-        wait_until("it listens", || TcpStream::connect(&consul.address).is_ok());
+    fn launch(place: Place, certificates: Option<Certificates>) -> Self {
+        let address = place.free_address();
+        let server = serve(&place, &address, certificates.as_ref());
+        let consul = Self { place, address, certificates, server };
+        consul.wait();
         consul
+    }
+
+    fn wait(&self) {
+        wait_until("it listens", || self.place.listens(&self.address));
     }
 
     fn url(&self) -> String {
@@ -46,13 +50,12 @@ impl Consul {
     }
 
     fn put(&self, path: &str, body: &Value) {
-        let mut curl = Command::new("curl");
+        let mut curl = self.place.command("curl");
         curl.args(["-sf", "-X", "PUT", "-d", &body.to_string(), &format!("{}{path}", self.url())]);
         if let Some(Certificates { ca, .. }) = &self.certificates {
             curl.arg("--cacert").arg(ca);
         }
-        let output = curl.output().unwrap();
-        assert!(output.status.success(), "{path}: {}", text(&output));
+        done(&mut curl);
     }
 
     fn register(&self, id: &str, address: &str, port: u16, status: &str) {
@@ -73,15 +76,32 @@ impl Consul {
         kill_process(Pid::from_child(&self.server), signal).unwrap();
     }
 
-    fn mesh(&self, token: &str) -> Mesh {
-        let mut mesh = Mesh::prepare("service = []");
+    /// A daemon that has not been started.
+    fn prepare(&self, token: &str) -> Mesh {
+        let mesh = Mesh::prepare("service = []");
         mesh.configure(&format!(
             "[[registry]]\ntype = \"consul\"\naddress = {:?}\ntoken = {token:?}\ntag = \"live\"\n",
             self.url()
         ));
+        mesh
+    }
+
+    fn mesh(&self, token: &str) -> Mesh {
+        let mut mesh = self.prepare(token);
         mesh.launch();
         mesh
     }
+}
+
+fn serve(place: &Place, address: &str, certificates: Option<&Certificates>) -> Child {
+    let (host, port) = address.split_once(':').unwrap();
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/consul.py");
+    let mut server = place.command("python3");
+    server.args([script, host, port, TOKEN]);
+    if let Some(Certificates { cert, key, .. }) = certificates {
+        server.arg(cert).arg(key);
+    }
+    server.stdin(Stdio::null()).spawn().unwrap()
 }
 
 impl Drop for Consul {
@@ -140,6 +160,20 @@ fn what_is_registered_is_followed_and_silence_fails_no_connect() {
 }
 
 #[test]
+fn a_consul_behind_a_black_hole_is_noticed_and_fails_no_connect() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let network = Network::new();
+    let [node, far]: [Host; 2] = std::array::from_fn(|_| network.host());
+    let consul = Consul::launch(far.place(), None);
+    consul.register("x", "127.0.0.1", one.port(), "passing");
+    let mut mesh = consul.prepare(TOKEN);
+    black_hole::launch_on(&node, &mut mesh);
+    assert!(far.connections() > 0, "it is connected");
+    let change = || consul.register("x", "127.0.0.1", two.port(), "passing");
+    black_hole::is_endured("consul", &mesh, &far, VIP, change);
+}
+
+#[test]
 fn a_wrong_token_is_said_so_and_not_shown() {
     let consul = Consul::start();
     let mesh = consul.mesh("wr0ng");
@@ -151,7 +185,7 @@ fn a_wrong_token_is_said_so_and_not_shown() {
 #[test]
 fn consul_is_asked_over_tls_with_a_token_from_a_file() {
     let one = Server::start("one");
-    let consul = Consul::launch(Some(Certificates::make()));
+    let consul = Consul::launch(Place::here(), Some(Certificates::make()));
     consul.register("one", "127.0.0.1", one.port(), "passing");
     let mut mesh = Mesh::prepare("service = []");
     let token = mesh.services.with_file_name("token");

@@ -1,19 +1,21 @@
 //! The DNS registry, against a real dnsmasq.
 
-use std::fs;
+use std::{ffi::OsStr, fs};
 
 use mesh_tests::{
-    Mesh, figure, free_address,
+    Mesh, figure,
+    netns::{Host, Network, Place},
     server::{Dns, Server},
     text, wait_until,
 };
 
-use crate::traffic::Traffic;
+use crate::{black_hole, traffic::Traffic};
 
 const VIP: &str = "127.128.41.1";
 
 /// A name server whose addresses can be changed.
 struct Zone {
+    place: Place,
     address: String,
     hosts: tempfile::NamedTempFile,
     options: Vec<String>,
@@ -22,6 +24,10 @@ struct Zone {
 impl Zone {
     /// `backend` has both servers behind one SRV name: the first at `a.example`, the other at `b.example`.
     fn new(one: &Server, two: &Server) -> Self {
+        Self::at(Place::here(), one, two)
+    }
+
+    fn at(place: Place, one: &Server, two: &Server) -> Self {
         let srv = |host: &str, server: &Server, weight: u16| {
             format!("--srv-host=_http._tcp.backend.example,{host}.example,{},1,{weight}", server.port())
         };
@@ -31,7 +37,7 @@ impl Zone {
         options.extend(["--local=/example/", "--local-ttl=1"].map(Into::into));
         // Asked, and never answered for.
         options.push("--server=/broken.example/127.0.0.1#1".into());
-        let zone = Self { address: free_address(), hosts, options };
+        let zone = Self { address: place.free_address(), place, hosts, options };
         zone.write(&[("a", "127.0.0.1"), ("b", "127.0.0.2"), ("db", "127.0.0.1")]);
         zone
     }
@@ -43,12 +49,19 @@ impl Zone {
     }
 
     fn serve(&self) -> Dns {
-        Dns::at(&self.address, &self.options.iter().map(String::as_str).collect::<Vec<_>>())
+        self.serve_with(&self.options)
+    }
+
+    fn serve_with<T: AsRef<OsStr>>(&self, options: &[T]) -> Dns {
+        let (address, port) = self.address.split_once(':').unwrap();
+        let mut dnsmasq = self.place.command("dnsmasq");
+        dnsmasq.args(["--bind-interfaces", "--listen-address", address]).args(options);
+        Dns::run(dnsmasq, port.parse().unwrap())
     }
 
     /// With a service for the SRV name, and one for the address of `db.example` at the first server's port.
-    fn mesh(&self, db: &Server, more: &str) -> Mesh {
-        let mut mesh = Mesh::prepare("service = []");
+    fn prepare(&self, db: &Server, more: &str) -> Mesh {
+        let mesh = Mesh::prepare("service = []");
         mesh.configure(&format!(
             r#"
 [[registry]]
@@ -71,6 +84,11 @@ vip = "127.128.41.2"
             self.address,
             db.port()
         ));
+        mesh
+    }
+
+    fn mesh(&self, db: &Server, more: &str) -> Mesh {
+        let mut mesh = self.prepare(db, more);
         mesh.launch();
         mesh.ready();
         mesh
@@ -148,12 +166,12 @@ fn a_name_server_that_fails_in_any_way_fails_no_connect() {
     // Gone, and then one that knows nothing and refuses to answer.
     drop(dns);
     mesh.wait_for_registry("stale");
-    let other = Dns::at(&zone.address, &[]);
+    let other = zone.serve_with::<&str>(&[]);
     wait_until("it refuses", || mesh.registry()["error"].to_string().contains("Refused"));
     drop(other);
 
     // One that says that there are no such names.
-    let empty = Dns::at(&zone.address, &["--local=/example/"]);
+    let empty = zone.serve_with(&["--local=/example/"]);
     wait_until("the fuse", || {
         mesh.registry()["error"].to_string().contains("only 0 instances of 0 services are left")
     });
@@ -180,4 +198,20 @@ fn a_name_server_that_fails_in_any_way_fails_no_connect() {
     mesh.wait_for_registry("synced");
     mesh.wait_for_backends(&format!("{VIP}:80"), 1);
     assert_eq!(mesh.dial(&format!("{VIP}:80")), "two");
+}
+
+#[test]
+fn a_name_server_behind_a_black_hole_is_noticed_and_fails_no_connect() {
+    let (one, two) = (Server::start("one"), Server::start_at("two", "127.0.0.2:0"));
+    let network = Network::new();
+    let [node, far]: [Host; 2] = std::array::from_fn(|_| network.host());
+    let zone = Zone::at(far.place(), &one, &two);
+    zone.write(&[("a", "127.0.0.1"), ("db", "127.0.0.1")]);
+    let dns = zone.serve();
+    let mut mesh = zone.prepare(&one, "");
+    black_hole::launch_on(&node, &mut mesh);
+    black_hole::is_endured("name server", &mesh, &far, VIP, || {
+        zone.write(&[("b", "127.0.0.2"), ("db", "127.0.0.1")]);
+        dns.reload();
+    });
 }

@@ -8,16 +8,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_tests::{Mesh, figure, free_address, is_long, server::Server, service, text, wait_until};
+use mesh_tests::{
+    Mesh, figure, free_address, is_long, netns::Place, server::Server, service, text, wait_until,
+};
 use serde_json::{Value, json};
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/cloudmap.py");
 
 /// A program of the Python that set-up makes.
-pub(crate) fn python(program: &str) -> Command {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/python/bin").join(program);
+pub(crate) fn program(name: &str) -> PathBuf {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/python/bin").join(name);
     assert!(path.exists(), "no {}: run `cargo xtask setup`", path.display());
-    Command::new(path)
+    path
+}
+
+pub(crate) fn python(name: &str) -> Command {
+    Command::new(program(name))
 }
 
 pub(crate) struct Embedded {
@@ -128,19 +134,25 @@ fn boto3_goes_through_the_whole_life() {
 
 /// moto's imitation of AWS.
 pub(crate) struct Moto {
-    server: Child,
+    place: Place,
     address: String,
+    server: Child,
 }
 
 impl Moto {
     pub(crate) fn start() -> Self {
-        let address = free_address();
-        let (host, port) = address.split_once(':').unwrap();
-        let mut server = python("moto_server");
-        server.args(["-H", host, "-p", port]).stdout(Stdio::null()).stderr(Stdio::null());
-        let moto = Self { server: server.spawn().unwrap(), address };
-        wait_until("moto listens", || TcpStream::connect(&moto.address).is_ok());
+        Self::start_at(Place::here())
+    }
+
+    pub(crate) fn start_at(place: Place) -> Self {
+        let address = place.free_address();
+        let moto = Self { server: serve(&place, &address), place, address };
+        moto.wait();
         moto
+    }
+
+    fn wait(&self) {
+        wait_until("moto listens", || self.place.listens(&self.address));
     }
 
     pub(crate) fn url(&self) -> String {
@@ -150,6 +162,12 @@ impl Moto {
     pub(crate) fn pid(&self) -> u32 {
         self.server.id()
     }
+}
+
+fn serve(place: &Place, address: &str) -> Child {
+    let (host, port) = address.split_once(':').unwrap();
+    let mut server = place.command(program("moto_server"));
+    server.args(["-H", host, "-p", port]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
 }
 
 impl Drop for Moto {

@@ -15,11 +15,17 @@ use std::{
 };
 
 use mesh_tests::{
-    Mesh, certificates::Certificates, etcd::Etcd, figure, free_address, server::Server, text, wait_until,
+    Mesh,
+    certificates::Certificates,
+    etcd::Etcd,
+    figure, free_address,
+    netns::{Host, Network},
+    server::Server,
+    text, wait_until,
 };
 use serde_json::Value;
 
-use crate::traffic::Traffic;
+use crate::{black_hole, traffic::Traffic};
 
 const VIP: &str = "127.128.40.1";
 const SERVICE: &str = "/mesh/services/service.local/echo";
@@ -35,11 +41,15 @@ fn at(server: &Server) -> String {
 /// An etcd that knows a service with these instances, each by its name.
 fn etcd(instances: &[(&str, &Server)]) -> Etcd {
     let etcd = Etcd::start();
+    fill(&etcd, instances);
+    etcd
+}
+
+fn fill(etcd: &Etcd, instances: &[(&str, &Server)]) {
     etcd.put(SERVICE, &format!(r#"{{"port": 80, "vip": "{VIP}", "policy": "random"}}"#));
     for (name, server) in instances {
         etcd.put(&key(name), &at(server));
     }
-    etcd
 }
 
 /// A daemon beside it that has not been started.
@@ -275,6 +285,19 @@ fn an_etcd_that_falls_silent_is_noticed_and_fails_no_connect() {
     etcd.put(&key("two"), &at(&two));
     mesh.wait_for_backends(&format!("{VIP}:80"), 2);
     assert!(traffic.end(&["one", "two"]) > 0);
+}
+
+#[test]
+fn an_etcd_behind_a_black_hole_is_noticed_and_fails_no_connect() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let network = Network::new();
+    let [node, far]: [Host; 2] = std::array::from_fn(|_| network.host());
+    let etcd = Etcd::start_at(far.place());
+    fill(&etcd, &[("x", &one)]);
+    let mut mesh = prepare(&[&etcd.url()]);
+    black_hole::launch_on(&node, &mut mesh);
+    assert!(far.connections() > 0, "it is connected");
+    black_hole::is_endured("etcd", &mesh, &far, VIP, || etcd.put(&key("x"), &at(&two)));
 }
 
 #[test]

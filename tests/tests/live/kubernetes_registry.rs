@@ -9,12 +9,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_tests::{Dialogue, Mesh, done, figure, free_address, server::Server, text, wait_until};
+use mesh_tests::{
+    Dialogue, Mesh, done, figure, free_address,
+    netns::{Host, Network, Place},
+    server::Server,
+    text, wait_until,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{embedded::python, traffic::Traffic};
+use crate::{black_hole, embedded::python, traffic::Traffic};
 
 const VIP: &str = "127.128.43.1";
 const TOKEN: &str = "b1gs33cr3t";
@@ -29,11 +34,12 @@ prompt = no
 CN = kubernetes
 [more]
 basicConstraints = CA:FALSE
-subjectAltName = IP:127.0.0.1
+subjectAltName = IP:ADDRESS
 ";
 
 /// An API server.
 struct Kubernetes {
+    place: Place,
     address: String,
     dir: TempDir,
     server: Child,
@@ -41,15 +47,19 @@ struct Kubernetes {
 
 impl Kubernetes {
     fn start() -> Self {
+        Self::start_at(Place::here())
+    }
+
+    fn start_at(place: Place) -> Self {
         let dir = TempDir::with_prefix("mesh-kubernetes").unwrap();
-        let place = |name: &str| dir.path().join(name);
-        fs::write(place("openssl.cnf"), CERTIFICATE).unwrap();
+        let file = |name: &str| dir.path().join(name);
+        fs::write(file("openssl.cnf"), CERTIFICATE.replace("ADDRESS", &place.address)).unwrap();
         let mut openssl = Command::new("openssl");
         openssl.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]);
-        openssl.arg("-config").arg(place("openssl.cnf"));
-        done(openssl.arg("-out").arg(place("cert.pem")).arg("-keyout").arg(place("key.pem")));
-        let address = free_address();
-        let kubernetes = Self { server: launch(&address, &dir), address, dir };
+        openssl.arg("-config").arg(file("openssl.cnf"));
+        done(openssl.arg("-out").arg(file("cert.pem")).arg("-keyout").arg(file("key.pem")));
+        let address = place.free_address();
+        let kubernetes = Self { server: launch(&place, &address, &dir), place, address, dir };
         kubernetes.wait();
         kubernetes
     }
@@ -66,7 +76,7 @@ impl Kubernetes {
     }
 
     fn wait(&self) {
-        wait_until("it listens", || TcpStream::connect(&self.address).is_ok());
+        wait_until("it listens", || self.place.listens(&self.address));
     }
 
     /// `kill -9`; what it held is gone.
@@ -76,7 +86,7 @@ impl Kubernetes {
     }
 
     fn restart(&mut self) {
-        self.server = launch(&self.address, &self.dir);
+        self.server = launch(&self.place, &self.address, &self.dir);
         self.wait();
     }
 
@@ -85,7 +95,7 @@ impl Kubernetes {
     }
 
     fn tell(&self, what: &str, body: &Value) {
-        let mut curl = Command::new("curl");
+        let mut curl = self.place.command("curl");
         curl.arg("-sf").arg("--cacert").arg(self.dir.path().join("cert.pem"));
         curl.args(["-X", "PUT", "-d", &body.to_string(), &format!("https://{}/{what}", self.address)]);
         done(&mut curl);
@@ -103,10 +113,10 @@ impl Drop for Kubernetes {
     }
 }
 
-fn launch(address: &str, dir: &TempDir) -> Child {
+fn launch(place: &Place, address: &str, dir: &TempDir) -> Child {
     let (host, port) = address.split_once(':').unwrap();
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/kubernetes.py");
-    let mut server = Command::new("python3");
+    let mut server = place.command("python3");
     server.args([script, host, port, TOKEN]).arg(dir.path().join("cert.pem")).arg(dir.path().join("key.pem"));
     server.stdin(Stdio::null()).spawn().unwrap()
 }
@@ -357,6 +367,21 @@ fn silence_is_noticed_and_fails_no_connect_and_a_daemon_that_starts_then_serves_
     mesh.wait_for_registry("synced");
     kubernetes.put(&pod("one", &two, READY));
     wait_until("what it says now", || dial(&mesh) == "two");
+}
+
+#[test]
+fn a_kubernetes_behind_a_black_hole_is_noticed_and_fails_no_connect() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let network = Network::new();
+    let [node, far]: [Host; 2] = std::array::from_fn(|_| network.host());
+    let kubernetes = Kubernetes::start_at(far.place());
+    kubernetes.put(&echo());
+    kubernetes.put(&pod("x", &one, READY));
+    let mut mesh = prepare(&kubernetes.kubeconfig(TOKEN), "");
+    black_hole::launch_on(&node, &mut mesh);
+    assert!(far.connections() > 0, "it is connected");
+    let change = || kubernetes.put(&pod("x", &two, READY));
+    black_hole::is_endured("kubernetes", &mesh, &far, VIP, change);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 mod affinity;
 mod attack;
+mod black_hole;
 mod cloudmap;
 mod commands;
 mod connect;
