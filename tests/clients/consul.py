@@ -1,7 +1,8 @@
 """What of Consul's HTTP API the registry of that type uses: an imitation, in memory, with blocking queries.
 
 Usage: consul.py ADDRESS PORT TOKEN [CERTIFICATE KEY]: with a certificate over TLS. Indexes, waiting and answers are as Consul documents them; registering is
-PUT /v1/catalog/register and /v1/catalog/deregister. PUT /restore/INDEX sets the index, as a restored snapshot does.
+PUT /v1/catalog/register and /v1/catalog/deregister. PUT /restore/INDEX sets the index, as a restored snapshot does. PUT /token
+(another token) ends the one that there was, also for those who wait.
 """
 
 import json
@@ -13,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 address, port, token, *certificate = sys.argv[1:]
 changed = threading.Condition()
-index, registered = 10, {}
+index, registered, expired = 10, {}, set()
 
 
 def services():
@@ -42,21 +43,30 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def refusal(self):
+        shown = self.headers.get("X-Consul-Token")
+        if shown == token:
+            return None
+        return "ACL not found" if shown in expired else "Permission denied"
+
     def do_GET(self):
-        if self.headers.get("X-Consul-Token") != token:
-            return self.say(403, "Permission denied")
+        if self.refusal():
+            return self.say(403, self.refusal())
         url = urlsplit(self.path)
         query = {key: values[0] for key, values in parse_qs(url.query).items()}
         with changed:
             known = int(query.get("index", 0))
             if known == index:
-                changed.wait_for(lambda: index != known, float(query.get("wait", "300s")[:-1]))
+                news = lambda: index != known or self.refusal()
+                changed.wait_for(news, float(query.get("wait", "300s")[:-1]))
+            if self.refusal():
+                return self.say(403, self.refusal())
             if url.path == "/v1/catalog/services":
                 return self.say(200, services())
             return self.say(200, health(url.path.rsplit("/", 1)[1], query.get("tag")))
 
     def do_PUT(self):
-        global index
+        global index, token
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
         with changed:
             index += 1
@@ -67,6 +77,9 @@ class Handler(BaseHTTPRequestHandler):
                 registered[service["ID"]] = {"Node": node, "Service": service, "Checks": checks}
             elif self.path == "/v1/catalog/deregister":
                 registered.pop(body["ServiceID"])
+            elif self.path == "/token":
+                expired.add(token)
+                token = body
             else:
                 index = int(self.path.rsplit("/", 1)[1])
             changed.notify_all()

@@ -3,7 +3,7 @@
 Usage: kubernetes.py ADDRESS PORT TOKEN CERTIFICATE KEY. Services, EndpointSlices and Nodes are listed in pages and watched from
 a version on, with bookmarks and 410 where history is gone, as Kubernetes documents them. The test leads it by PUT:
 /objects (an object, which has its kind), /delete (the same), /compact (history up to now), /bookmark (to all watches), /end (all
-watches, as they do end), /garbage (into all watches).
+watches, as they do end), /garbage (into all watches), /token (another one instead of the one that there was).
 """
 
 import json
@@ -130,7 +130,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
 
     def do_PUT(self):
-        global oldest
+        global oldest, token
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null")
         with changed:
             what = self.path.strip("/")
@@ -141,6 +141,8 @@ class Handler(BaseHTTPRequestHandler):
             elif what == "compact":
                 oldest = version
                 history.clear()
+            elif what == "token":
+                token = body
             else:
                 told[what] += 1
             changed.notify_all()

@@ -18,7 +18,7 @@ use aws_sdk_servicediscovery::{
         ConfigBag, Intercept, RuntimeComponents, interceptors::BeforeTransmitInterceptorContextMut,
         retry::RetryConfig, timeout::TimeoutConfig,
     },
-    error::{BoxError, DisplayErrorContext, ProvideErrorMetadata, SdkError},
+    error::{BoxError, ProvideErrorMetadata, SdkError},
     types::{
         FilterCondition, HealthStatus, HealthStatusFilter, HttpInstanceSummary, NamespaceSummary,
         NamespaceType, ServiceFilter, ServiceFilterName, ServiceSummary, ServiceType,
@@ -136,22 +136,49 @@ struct Read {
 enum Failed {
     /// What it is about is gone.
     Gone,
+    /// Who asks has no credentials, or none that are good any more.
+    Stranger(String),
     Call(String),
 }
 
+/// What Cloud Map says of credentials that are not good.
+const STRANGER: [&str; 7] = [
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "IncompleteSignature",
+    "InvalidClientTokenId",
+    "InvalidSignatureException",
+    "MissingAuthenticationToken",
+    "UnrecognizedClientException",
+];
+
 impl<E: ProvideErrorMetadata + Error + 'static, R: std::fmt::Debug> From<SdkError<E, R>> for Failed {
     fn from(error: SdkError<E, R>) -> Self {
-        let SdkError::ServiceError(_) = &error else {
-            return Self::Call(DisplayErrorContext(error).to_string());
-        };
+        match &error {
+            SdkError::ServiceError(_) => {}
+            // Neither the network nor time: there is nothing to sign with.
+            SdkError::DispatchFailure(why) if why.is_other() => return Self::Stranger(reasons(&error)),
+            _ => return Self::Call(reasons(&error)),
+        }
         match error.code().unwrap_or("unknown error") {
             "ServiceNotFound" | "NamespaceNotFound" => Self::Gone,
             code => {
                 let why = error.message().unwrap_or("no reason is given");
-                Self::Call(rules::shown(&format!("{code}: {why}")))
+                let why = rules::shown(&format!("{code}: {why}"));
+                if STRANGER.contains(&code) { Self::Stranger(why) } else { Self::Call(why) }
             }
         }
     }
+}
+
+/// What an error says, and what is behind it: of each the first line, as lists follow.
+fn reasons(error: &dyn Error) -> String {
+    let (mut all, mut behind) = (Vec::new(), Some(error));
+    while let Some(error) = behind {
+        all.extend(error.to_string().lines().next().map(ToOwned::to_owned));
+        behind = error.source();
+    }
+    all.join(": ")
 }
 
 impl Client {
@@ -296,9 +323,14 @@ impl Client {
         jitter((POLL / services).max(Duration::from_secs(1) / CALLS_PER_SECOND))
     }
 
-    fn failed(&self, failed: &Failed) -> String {
+    fn failed(&mut self, failed: &Failed) -> String {
         let why = match failed {
             Failed::Gone => "what it listed is not there",
+            Failed::Stranger(why) => {
+                // The SDK reads its files once.
+                self.api = None;
+                why
+            }
             Failed::Call(why) => why,
         };
         format!("cloudmap {}: {why}", self.settings.source())

@@ -1,7 +1,11 @@
 //! The Cloud Map registry. AWS itself is not to be had here: its API is spoken by moto, which others wrote, and
 //! by the embedded registry of another daemon.
 
-use std::process::Command;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command},
+};
 
 use mesh_tests::{
     Mesh, binary, done, figure, free_address,
@@ -11,10 +15,13 @@ use mesh_tests::{
     text, wait_until,
 };
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
 
 use crate::{
-    black_hole,
+    between::Between,
     embedded::{Embedded, Moto, program},
+    outage::{self, Outage},
+    traffic::Traffic,
 };
 
 const VIP: &str = "127.128.44.1";
@@ -177,7 +184,125 @@ fn a_cloud_map_behind_a_black_hole_is_noticed_and_fails_no_connect() {
     let mut mesh = prepare(&cloud_map.url);
     launch(&mut mesh, &node.place());
     mesh.ready();
-    black_hole::is_endured("cloudmap", &mesh, &far, VIP, || cloud_map.register("x", two.port()));
+    outage::in_a_black_hole("cloudmap", &mesh, VIP, &far, || cloud_map.register("x", two.port()));
+}
+
+#[test]
+fn a_cloud_map_that_says_a_byte_a_second_or_nonsense_is_noticed_and_fails_no_connect() {
+    let servers = [Server::start("one"), Server::start("two")];
+    let moto = Moto::start();
+    let cloud_map = CloudMap::here(moto.url());
+    cloud_map.create();
+    cloud_map.register("x", servers[0].port());
+    let between = Between::start(&moto.address);
+    let mesh = start(&format!("http://{}", between.address));
+    let change = |server: usize| cloud_map.register("x", servers[server].port());
+    between.is_endured("cloudmap", &mesh, VIP, ["", ""], change);
+}
+
+#[test]
+fn a_kill_and_a_return_with_nothing_fail_no_connect() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let mut moto = Moto::start();
+    let cloud_map = CloudMap::here(moto.url());
+    cloud_map.create();
+    cloud_map.register("x", one.port());
+    let mesh = start(&cloud_map.url);
+    wait_until("the instance", || dial(&mesh) == "one");
+    let traffic = Traffic::start(&mesh, VIP);
+    moto.kill();
+    mesh.wait_for_registry("stale");
+    moto.restart();
+    let back = now();
+    wait_until("the fuse", || mesh.registry()["error"].to_string().contains("only 0 instances"));
+    figure(&format!("cloudmap back with nothing: heard after {} ms", (now() - back) / 1_000_000));
+    cloud_map.create();
+    cloud_map.register("x", two.port());
+    mesh.wait_for_registry("synced");
+    wait_until("the change", || dial(&mesh) == "two");
+    figure(&format!("cloudmap killed: {} connects, none failed", traffic.end(&["one", "two"])));
+}
+
+/// What stands before moto, which asks nobody for keys.
+struct Keys {
+    address: String,
+    server: Child,
+}
+
+impl Keys {
+    /// Only this one is accepted.
+    fn start(moto: &Moto, key: &str) -> Self {
+        let address = free_address();
+        let (host, port) = address.split_once(':').unwrap();
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/clients/keys.py");
+        let server = Command::new("python3").args([script, host, port, &moto.url()]).spawn().unwrap();
+        let keys = Self { address, server };
+        wait_until("it listens", || Place::here().listens(&keys.address));
+        keys.accept(key, "");
+        keys
+    }
+
+    /// Others are told this.
+    fn accept(&self, key: &str, error: &str) {
+        let body = json!({ "key": key, "error": error }).to_string();
+        done(Command::new("curl").args(["-sf", "-X", "PUT", "-d", &body, &self.url()]));
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+}
+
+impl Drop for Keys {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
+
+/// A daemon whose keys are in the AWS SDK's own file; and that file.
+fn launch_with_file(url: &str) -> (Mesh, PathBuf) {
+    let mut mesh = prepare(url);
+    let file = mesh.services.with_file_name("credentials");
+    let mut command = Command::new(binary());
+    command.env("AWS_SHARED_CREDENTIALS_FILE", &file).env("AWS_EC2_METADATA_DISABLED", "true");
+    command.env("HOME", "/nowhere");
+    mesh.launch_as(command);
+    (mesh, file)
+}
+
+fn write_key(file: &Path, key: &str) {
+    let text = format!("[default]\naws_access_key_id = {key}\naws_secret_access_key = s3cr3t\n");
+    fs::write(file, text).unwrap();
+}
+
+#[test]
+fn credentials_that_end_are_noticed_and_read_again_and_fail_no_connect() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let moto = Moto::start();
+    let cloud_map = CloudMap::here(moto.url());
+    cloud_map.create();
+    cloud_map.register("x", one.port());
+    let keys = Keys::start(&moto, "AKIDFIRST");
+    let (mesh, file) = launch_with_file(&keys.url());
+    // There are none at first.
+    let list = || text(&mesh.mesh(&["registry", "list"]).output().unwrap());
+    wait_until("it says so", || list().contains("credentials"));
+    write_key(&file, "AKIDFIRST");
+    mesh.ready();
+    let outage = |what, error, servers| Outage { what, mesh: &mesh, vip: VIP, error, servers };
+    outage("cloudmap with another key", "ExpiredTokenException: ", ["one", "two"]).is_endured(
+        || keys.accept("AKIDSECOND", "ExpiredTokenException"),
+        || cloud_map.register("x", two.port()),
+        |()| write_key(&file, "AKIDSECOND"),
+    );
+    outage("cloudmap that forgets a key for a while", "UnrecognizedClientException: ", ["two", "one"])
+        .is_endured(
+            || keys.accept("AKIDOTHER", "UnrecognizedClientException"),
+            || cloud_map.register("x", one.port()),
+            |()| keys.accept("AKIDSECOND", ""),
+        );
+    assert!(!mesh.log().contains("s3cr3t"));
 }
 
 #[test]

@@ -3,6 +3,7 @@
 use std::{
     fs,
     process::{Child, Stdio},
+    time::Instant,
 };
 
 use mesh_tests::{
@@ -16,7 +17,11 @@ use mesh_tests::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use crate::{black_hole, traffic::Traffic};
+use crate::{
+    between::Between,
+    outage::{self, Outage},
+    traffic::Traffic,
+};
 
 const VIP: &str = "127.128.42.1";
 const TOKEN: &str = "b1gs33cr3t";
@@ -43,6 +48,17 @@ impl Consul {
 
     fn wait(&self) {
         wait_until("it listens", || self.place.listens(&self.address));
+    }
+
+    /// `kill -9`; what it held is gone.
+    fn kill(&mut self) {
+        self.server.kill().unwrap();
+        self.server.wait().unwrap();
+    }
+
+    fn restart(&mut self) {
+        self.server = serve(&self.place, &self.address, self.certificates.as_ref());
+        self.wait();
     }
 
     fn url(&self) -> String {
@@ -76,21 +92,20 @@ impl Consul {
         kill_process(Pid::from_child(&self.server), signal).unwrap();
     }
 
-    /// A daemon that has not been started.
-    fn prepare(&self, token: &str) -> Mesh {
-        let mesh = Mesh::prepare("service = []");
-        mesh.configure(&format!(
-            "[[registry]]\ntype = \"consul\"\naddress = {:?}\ntoken = {token:?}\ntag = \"live\"\n",
-            self.url()
-        ));
-        mesh
-    }
-
     fn mesh(&self, token: &str) -> Mesh {
-        let mut mesh = self.prepare(token);
+        let mut mesh = prepare(&self.url(), token);
         mesh.launch();
         mesh
     }
+}
+
+/// A daemon that has not been started.
+fn prepare(url: &str, token: &str) -> Mesh {
+    let mesh = Mesh::prepare("service = []");
+    mesh.configure(&format!(
+        "[[registry]]\ntype = \"consul\"\naddress = {url:?}\ntoken = {token:?}\ntag = \"live\"\n"
+    ));
+    mesh
 }
 
 fn serve(place: &Place, address: &str, certificates: Option<&Certificates>) -> Child {
@@ -166,11 +181,72 @@ fn a_consul_behind_a_black_hole_is_noticed_and_fails_no_connect() {
     let [node, far]: [Host; 2] = std::array::from_fn(|_| network.host());
     let consul = Consul::launch(far.place(), None);
     consul.register("x", "127.0.0.1", one.port(), "passing");
-    let mut mesh = consul.prepare(TOKEN);
-    black_hole::launch_on(&node, &mut mesh);
+    let mut mesh = prepare(&consul.url(), TOKEN);
+    outage::launch_on(&node, &mut mesh);
     assert!(far.connections() > 0, "it is connected");
     let change = || consul.register("x", "127.0.0.1", two.port(), "passing");
-    black_hole::is_endured("consul", &mesh, &far, VIP, change);
+    outage::in_a_black_hole("consul", &mesh, VIP, &far, change);
+}
+
+#[test]
+fn a_consul_that_says_a_byte_a_second_or_nonsense_is_noticed_and_fails_no_connect() {
+    let servers = [Server::start("one"), Server::start("two")];
+    let consul = Consul::start();
+    let change = |server: usize| consul.register("x", "127.0.0.1", servers[server].port(), "passing");
+    change(0);
+    let between = Between::start(&consul.address);
+    let mut mesh = prepare(&format!("http://{}", between.address), TOKEN);
+    mesh.launch();
+    mesh.ready();
+    between.is_endured("consul", &mesh, VIP, ["no answer in time", "HTTP"], change);
+}
+
+#[test]
+fn a_kill_and_a_return_with_nothing_fail_no_connect() {
+    let servers = [Server::start("one"), Server::start("two")];
+    let mut consul = Consul::start();
+    consul.register("x", "127.0.0.1", servers[0].port(), "passing");
+    let mesh = consul.mesh(TOKEN);
+    mesh.ready();
+    wait_until("the instance", || dial(&mesh) == "one");
+    let traffic = Traffic::start(&mesh, VIP);
+    for (server, name) in [(&servers[1], "two"), (&servers[0], "one")] {
+        consul.kill();
+        mesh.wait_for_registry("stale");
+        consul.restart();
+        let back = Instant::now();
+        wait_until("the fuse", || mesh.registry()["error"].to_string().contains("only 0 instances"));
+        figure(&format!("consul back with nothing: heard after {} ms", back.elapsed().as_millis()));
+        consul.register("x", "127.0.0.1", server.port(), "passing");
+        mesh.wait_for_registry("synced");
+        wait_until("the change", || dial(&mesh) == name);
+    }
+    figure(&format!("consul killed twice: {} connects, none failed", traffic.end(&["one", "two"])));
+}
+
+#[test]
+fn a_token_that_ends_is_noticed_and_read_again_and_fails_no_connect() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let consul = Consul::start();
+    consul.register("x", "127.0.0.1", one.port(), "passing");
+    let mut mesh = Mesh::prepare("service = []");
+    let token = mesh.services.with_file_name("token");
+    fs::write(&token, TOKEN).unwrap();
+    mesh.configure(&format!(
+        "[[registry]]\ntype = \"consul\"\naddress = {:?}\ntoken_file = {token:?}\n",
+        consul.url()
+    ));
+    mesh.launch();
+    mesh.ready();
+    let error = "ACL not found";
+    let outage =
+        Outage { what: "consul with another token", mesh: &mesh, vip: VIP, error, servers: ["one", "two"] };
+    outage.is_endured(
+        || consul.put("/token", &json!("an0ther")),
+        || consul.register("x", "127.0.0.1", two.port(), "passing"),
+        |()| fs::write(&token, "an0ther").unwrap(),
+    );
+    assert!(!mesh.log().contains(TOKEN) && !mesh.log().contains("an0ther"));
 }
 
 #[test]

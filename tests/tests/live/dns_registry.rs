@@ -9,7 +9,7 @@ use mesh_tests::{
     text, wait_until,
 };
 
-use crate::{black_hole, traffic::Traffic};
+use crate::{between::Between, outage, traffic::Traffic};
 
 const VIP: &str = "127.128.41.1";
 
@@ -61,12 +61,16 @@ impl Zone {
 
     /// With a service for the SRV name, and one for the address of `db.example` at the first server's port.
     fn prepare(&self, db: &Server, more: &str) -> Mesh {
+        self.prepare_at(&self.address, db, more)
+    }
+
+    fn prepare_at(&self, address: &str, db: &Server, more: &str) -> Mesh {
         let mesh = Mesh::prepare("service = []");
         mesh.configure(&format!(
             r#"
 [[registry]]
 type = "dns"
-servers = ["{}"]
+servers = ["{address}"]
 [[registry.name]]
 srv = "_http._tcp.backend.example"
 port = 80
@@ -81,7 +85,6 @@ name = "db"
 namespace = "service.local"
 vip = "127.128.41.2"
 {more}"#,
-            self.address,
             db.port()
         ));
         mesh
@@ -209,9 +212,29 @@ fn a_name_server_behind_a_black_hole_is_noticed_and_fails_no_connect() {
     zone.write(&[("a", "127.0.0.1"), ("db", "127.0.0.1")]);
     let dns = zone.serve();
     let mut mesh = zone.prepare(&one, "");
-    black_hole::launch_on(&node, &mut mesh);
-    black_hole::is_endured("name server", &mesh, &far, VIP, || {
+    outage::launch_on(&node, &mut mesh);
+    outage::in_a_black_hole("name server", &mesh, VIP, &far, || {
         zone.write(&[("b", "127.0.0.2"), ("db", "127.0.0.1")]);
         dns.reload();
     });
+}
+
+/// At a byte a second over TCP: its answers are too long for datagrams then.
+#[test]
+fn a_name_server_that_says_a_byte_a_second_or_nonsense_is_noticed_and_fails_no_connect() {
+    let (one, two) = (Server::start("one"), Server::start_at("two", "127.0.0.2:0"));
+    let zone = Zone::new(&one, &two);
+    zone.write(&[("a", "127.0.0.1"), ("db", "127.0.0.1")]);
+    let dns = zone.serve();
+    let between = Between::start(&zone.address);
+    between.pass_datagrams(&zone.address);
+    let mut mesh = zone.prepare_at(&between.address, &one, "");
+    mesh.launch();
+    mesh.ready();
+    let change = |server: usize| {
+        let host = [("a", "127.0.0.1"), ("b", "127.0.0.2")][server];
+        zone.write(&[host, ("db", "127.0.0.1")]);
+        dns.reload();
+    };
+    between.is_endured("name server", &mesh, VIP, ["no answer in time", "no answer in time"], change);
 }

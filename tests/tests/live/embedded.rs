@@ -135,7 +135,7 @@ fn boto3_goes_through_the_whole_life() {
 /// moto's imitation of AWS.
 pub(crate) struct Moto {
     place: Place,
-    address: String,
+    pub(crate) address: String,
     server: Child,
 }
 
@@ -149,6 +149,17 @@ impl Moto {
         let moto = Self { server: serve(&place, &address), place, address };
         moto.wait();
         moto
+    }
+
+    /// `kill -9`; what it held is gone.
+    pub(crate) fn kill(&mut self) {
+        self.server.kill().unwrap();
+        self.server.wait().unwrap();
+    }
+
+    pub(crate) fn restart(&mut self) {
+        self.server = serve(&self.place, &self.address);
+        self.wait();
     }
 
     fn wait(&self) {

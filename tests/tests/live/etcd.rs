@@ -2,14 +2,10 @@
 
 use std::{
     fs,
-    io::{Read, Write},
-    net::{Shutdown, TcpListener, TcpStream},
-    path::Path,
+    io::Write,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    sync::atomic::Ordering::Relaxed,
     thread,
     time::{Duration, Instant},
 };
@@ -25,7 +21,11 @@ use mesh_tests::{
 };
 use serde_json::Value;
 
-use crate::{black_hole, traffic::Traffic};
+use crate::{
+    between::Between,
+    outage::{self, Outage},
+    traffic::Traffic,
+};
 
 const VIP: &str = "127.128.40.1";
 const SERVICE: &str = "/mesh/services/service.local/echo";
@@ -295,9 +295,9 @@ fn an_etcd_behind_a_black_hole_is_noticed_and_fails_no_connect() {
     let etcd = Etcd::start_at(far.place());
     fill(&etcd, &[("x", &one)]);
     let mut mesh = prepare(&[&etcd.url()]);
-    black_hole::launch_on(&node, &mut mesh);
+    outage::launch_on(&node, &mut mesh);
     assert!(far.connections() > 0, "it is connected");
-    black_hole::is_endured("etcd", &mesh, &far, VIP, || etcd.put(&key("x"), &at(&two)));
+    outage::in_a_black_hole("etcd", &mesh, VIP, &far, || etcd.put(&key("x"), &at(&two)));
 }
 
 #[test]
@@ -328,95 +328,87 @@ fn a_daemon_that_starts_while_etcd_is_away_serves_what_it_said_last() {
     assert_eq!(mesh.registry()["state"], "synced");
 }
 
-/// What stands between the daemon and etcd.
-#[derive(Clone, Default)]
-struct Between {
-    address: String,
-    /// Holds watches back until told to let them through.
-    hold: Arc<AtomicBool>,
-    held: Arc<AtomicBool>,
-    /// Lets through a byte a second of what etcd says.
-    slow: Arc<AtomicBool>,
-}
-
-impl Between {
-    fn start(etcd: &Etcd) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let between = Self { address, ..Self::default() };
-        let (to, between_them) = (etcd.address.clone(), between.clone());
-        thread::spawn(move || {
-            for client in listener.incoming().flatten() {
-                let Ok(server) = TcpStream::connect(&to) else { continue };
-                let (back, forth) = (between_them.clone(), between_them.clone());
-                let (from, to) = (server.try_clone().unwrap(), client.try_clone().unwrap());
-                thread::spawn(move || pass(from, to, |said| back.answer(said)));
-                thread::spawn(move || pass(client, server, |said| forth.ask(said)));
-            }
-        });
-        between
-    }
-
-    /// How many bytes to let through now.
-    fn ask(&self, said: &[u8]) -> usize {
-        while self.hold.load(Relaxed) && said.starts_with(b"POST /v3/watch") {
-            self.held.store(true, Relaxed);
-            thread::yield_now();
-        }
-        said.len()
-    }
-
-    fn answer(&self, said: &[u8]) -> usize {
-        if !self.slow.load(Relaxed) {
-            return said.len();
-        }
-        thread::sleep(Duration::from_secs(1));
-        1
-    }
-}
-
-fn pass(mut from: TcpStream, mut to: TcpStream, lets_through: impl Fn(&[u8]) -> usize) {
-    let mut buffer = [0; 1 << 16];
-    while let Ok(size @ 1..) = from.read(&mut buffer) {
-        let mut rest = &buffer[..size];
-        while !rest.is_empty() {
-            let now;
-            (now, rest) = rest.split_at(lets_through(rest));
-            if to.write_all(now).is_err() {
-                return;
-            }
-        }
-    }
-    let _ = to.shutdown(Shutdown::Both);
-}
-
 #[test]
-fn an_etcd_that_says_a_byte_a_second_is_noticed_and_fails_no_connect() {
-    let (one, two) = (Server::start("one"), Server::start("two"));
-    let etcd = etcd(&[("one", &one)]);
-    let between = Between::start(&etcd);
+fn an_etcd_that_says_a_byte_a_second_or_nonsense_is_noticed_and_fails_no_connect() {
+    let servers = [Server::start("one"), Server::start("two")];
+    let etcd = etcd(&[("x", &servers[0])]);
+    let between = Between::start(&etcd.address);
     let mut mesh = prepare(&[&format!("http://{}", between.address)]);
     mesh.launch();
     mesh.ready();
+    let change = |server: usize| etcd.put(&key("x"), &at(&servers[server]));
+    between.is_endured("etcd", &mesh, VIP, ["in time", "HTTP"], change);
+}
+
+/// A user is deleted, with its tokens, and is there again with another password.
+#[test]
+fn a_password_that_is_changed_is_noticed_and_read_again_and_fails_no_connect() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let mut etcd = etcd(&[("x", &one)]);
+    etcd.require_password(("mesh", "secret"), "/mesh/");
+    let mut mesh = Mesh::prepare("service = []");
+    let password = prepare_with_password(&mesh, &etcd);
+    fs::write(&password, "secret").unwrap();
+    mesh.launch();
+    mesh.ready();
+    let outage = Outage {
+        what: "etcd with another password",
+        mesh: &mesh,
+        vip: VIP,
+        error: "invalid user ID or password",
+        servers: ["one", "two"],
+    };
+    let change_password = || {
+        etcd.ctl(&["user", "delete", "mesh"]);
+        etcd.ctl(&["user", "add", "mesh:another"]);
+        etcd.ctl(&["user", "grant-role", "mesh", "reader"]);
+    };
+    let change = || etcd.put(&key("x"), &at(&two));
+    outage.is_endured(change_password, change, |()| fs::write(&password, "another").unwrap());
+}
+
+/// A token ends when it was not used for a second, which is shorter than the time between two questions.
+#[test]
+fn tokens_that_end_are_replaced_and_fail_no_connect() {
+    let servers = [Server::start("one"), Server::start("two")];
+    let mut etcd = Etcd::start_as(&["--auth-token-ttl", "1"]);
+    fill(&etcd, &[("x", &servers[0])]);
+    etcd.require_password(("mesh", "secret"), "/mesh/");
+    let mut mesh = Mesh::prepare("service = []");
+    fs::write(prepare_with_password(&mesh, &etcd), "secret").unwrap();
+    mesh.launch();
+    mesh.ready();
     let traffic = Traffic::start(&mesh, VIP);
-    between.slow.store(true, Relaxed);
-    let slow = Instant::now();
-    mesh.wait_for_registry("stale");
-    figure(&format!("etcd at a byte a second: noticed after {} ms", slow.elapsed().as_millis()));
-    etcd.put(&key("two"), &at(&two));
-    between.slow.store(false, Relaxed);
-    let back = Instant::now();
+    let ended = || mesh.log().matches("invalid auth token").count();
+    for (server, name) in [(&servers[1], "two"), (&servers[0], "one")] {
+        let before = ended();
+        wait_until("a token has ended", || ended() > before);
+        etcd.put(&key("x"), &at(server));
+        wait_until("the change", || dial(&mesh) == name);
+    }
     mesh.wait_for_registry("synced");
-    mesh.wait_for_backends(&format!("{VIP}:80"), 2);
-    figure(&format!("and followed again after {} ms", back.elapsed().as_millis()));
-    assert!(traffic.end(&["one", "two"]) > 0);
+    figure(&format!(
+        "etcd's tokens ended {} times: {} connects, none failed",
+        ended(),
+        traffic.end(&["one", "two"])
+    ));
+}
+
+/// The daemon's user is `mesh`; the file for its password.
+fn prepare_with_password(mesh: &Mesh, etcd: &Etcd) -> PathBuf {
+    let password = mesh.services.with_file_name("password");
+    mesh.configure(&format!(
+        "[[registry]]\ntype = \"etcd\"\nendpoints = [{:?}]\nusername = \"mesh\"\npassword_file = {password:?}\n",
+        etcd.url(),
+    ));
+    password
 }
 
 #[test]
 fn history_that_is_compacted_before_it_is_watched_is_read_again() {
     let (one, two) = (Server::start("one"), Server::start("two"));
     let etcd = etcd(&[("one", &one)]);
-    let between = Between::start(&etcd);
+    let between = Between::start(&etcd.address);
     between.hold.store(true, Relaxed);
     let mut mesh = prepare(&[&format!("http://{}", between.address)]);
     mesh.launch();

@@ -19,7 +19,12 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::{black_hole, embedded::python, traffic::Traffic};
+use crate::{
+    between::Between,
+    embedded::python,
+    outage::{self, Outage},
+    traffic::Traffic,
+};
 
 const VIP: &str = "127.128.43.1";
 const TOKEN: &str = "b1gs33cr3t";
@@ -66,8 +71,12 @@ impl Kubernetes {
 
     /// A config of its only user, whose token is in a file.
     fn kubeconfig(&self, token: &str) -> String {
+        self.kubeconfig_at(&self.address, token)
+    }
+
+    fn kubeconfig_at(&self, address: &str, token: &str) -> String {
         let cluster = json!({
-            "server": format!("https://{}", self.address), "certificate-authority": "cert.pem",
+            "server": format!("https://{address}"), "certificate-authority": "cert.pem",
         });
         fs::write(self.dir.path().join("token"), token).unwrap();
         let path = self.dir.path().join("kubeconfig");
@@ -378,10 +387,45 @@ fn a_kubernetes_behind_a_black_hole_is_noticed_and_fails_no_connect() {
     kubernetes.put(&echo());
     kubernetes.put(&pod("x", &one, READY));
     let mut mesh = prepare(&kubernetes.kubeconfig(TOKEN), "");
-    black_hole::launch_on(&node, &mut mesh);
+    outage::launch_on(&node, &mut mesh);
     assert!(far.connections() > 0, "it is connected");
     let change = || kubernetes.put(&pod("x", &two, READY));
-    black_hole::is_endured("kubernetes", &mesh, &far, VIP, change);
+    outage::in_a_black_hole("kubernetes", &mesh, VIP, &far, change);
+}
+
+#[test]
+fn a_kubernetes_that_says_a_byte_a_second_or_nonsense_is_noticed_and_fails_no_connect() {
+    let servers = [Server::start("one"), Server::start("two")];
+    let kubernetes = Kubernetes::start();
+    kubernetes.put(&echo());
+    kubernetes.put(&pod("x", &servers[0], READY));
+    let between = Between::start(&kubernetes.address);
+    let mut mesh = prepare(&kubernetes.kubeconfig_at(&between.address, TOKEN), "");
+    mesh.launch();
+    mesh.ready();
+    let change = |server: usize| kubernetes.put(&pod("x", &servers[server], READY));
+    between.is_endured("kubernetes", &mesh, VIP, ["", ""], change);
+}
+
+#[test]
+fn a_token_that_ends_is_noticed_and_read_again_and_fails_no_connect() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let (kubernetes, mesh) = start(&[("x", &one)]);
+    let outage = Outage {
+        what: "kubernetes with another token",
+        mesh: &mesh,
+        vip: VIP,
+        error: "status 401: Unauthorized",
+        servers: ["one", "two"],
+    };
+    let end = || {
+        kubernetes.tell("token", &json!("an0ther"));
+        // Who watches already goes on.
+        kubernetes.tell("end", &Value::Null);
+    };
+    let change = || kubernetes.put(&pod("x", &two, READY));
+    outage.is_endured(end, change, |()| drop(kubernetes.kubeconfig("an0ther")));
+    assert!(!mesh.log().contains(TOKEN) && !mesh.log().contains("an0ther"));
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 mod affinity;
 mod attack;
-mod black_hole;
+mod between;
 mod cloudmap;
 mod commands;
 mod connect;
@@ -28,6 +28,7 @@ mod load;
 mod matrix;
 mod names;
 mod occupancy;
+mod outage;
 mod policy;
 mod routes;
 mod servers;

@@ -1,0 +1,71 @@
+//! Times in which a registry is of no use: clients notice nothing, and the daemon does.
+
+use std::time::{Duration, Instant};
+
+use mesh_tests::{
+    Mesh, binary, figure,
+    netns::{BlackHole, Host},
+    wait_until,
+};
+
+use crate::traffic::Traffic;
+
+/// How soon it is noticed.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// What happens to a registry, whose service is at port 80 of a VIP.
+pub(crate) struct Outage<'a> {
+    pub(crate) what: &'a str,
+    pub(crate) mesh: &'a Mesh,
+    pub(crate) vip: &'a str,
+    /// What is said of it.
+    pub(crate) error: &'a str,
+    /// Who serves before it, and who does after the change that is made meanwhile.
+    pub(crate) servers: [&'a str; 2],
+}
+
+impl Outage<'_> {
+    /// It goes from `begin` to `end`.
+    pub(crate) fn is_endured<T>(self, begin: impl FnOnce() -> T, change: impl FnOnce(), end: impl FnOnce(T)) {
+        let Self { what, mesh, vip, error, servers } = self;
+        let [before, after] = servers;
+        let answers = |name: &str| mesh.dial(&format!("{vip}:80")) == name;
+        wait_until("who serves before", || answers(before));
+        mesh.wait_for_registry("synced");
+        let traffic = Traffic::start(mesh, vip);
+        let began = Instant::now();
+        let outage = begin();
+        mesh.wait_for_registry("stale");
+        let noticed = began.elapsed();
+        assert!(noticed < LIMIT, "{what}: noticed after {noticed:?}");
+        wait_until(&format!("it says {error}"), || mesh.registry()["error"].to_string().contains(error));
+        change();
+        assert!(answers(before), "what it said last stays");
+
+        let back = Instant::now();
+        end(outage);
+        mesh.wait_for_registry("synced");
+        let synced = back.elapsed();
+        wait_until("who serves after", || answers(after));
+        figure(&format!(
+            "{what}: noticed after {} ms, synced again {} ms after its end; {} connects, none failed",
+            noticed.as_millis(),
+            synced.as_millis(),
+            traffic.end(&servers),
+        ));
+    }
+}
+
+/// The host of a registry is a black hole; who serves is `one`, and after the change `two`.
+pub(crate) fn in_a_black_hole(registry: &str, mesh: &Mesh, vip: &str, host: &Host, change: impl FnOnce()) {
+    let what = format!("{registry} in a black hole");
+    let end = |hole: BlackHole| assert!(hole.dropped() > 0, "nobody was asked");
+    let outage = Outage { what: &what, mesh, vip, error: "", servers: ["one", "two"] };
+    outage.is_endured(|| host.black_hole(), change, end);
+}
+
+/// Starts a daemon on a host. Its clients and their backends stay on this machine.
+pub(crate) fn launch_on(node: &Host, mesh: &mut Mesh) {
+    mesh.launch_as(node.command(binary().to_str().unwrap()));
+    mesh.ready();
+}
