@@ -4,14 +4,14 @@
 
 use crate::{
     dns,
-    registry::{cloudmap, consul, embedded, etcd, fuzz as registry},
+    registry::{cloudmap, consul, embedded, etcd, fuzz as registry, kubernetes},
 };
 
 /// Takes any bytes.
 pub type Target = fn(&[u8]);
 
 /// By the name of its folder in `fuzz/corpus`.
-pub const TARGETS: [(&str, Target); 12] = [
+pub const TARGETS: [(&str, Target); 13] = [
     ("cloudmap", cloudmap::fuzz),
     ("consul", consul::fuzz),
     ("dns_query", dns::fuzz::query),
@@ -21,6 +21,7 @@ pub const TARGETS: [(&str, Target); 12] = [
     ("etcd_messages", etcd::fuzz::messages),
     ("etcd_records", etcd::fuzz::records),
     ("kept", registry::kept),
+    ("kubernetes", kubernetes::fuzz::messages),
     ("services_json", registry::json),
     ("services_toml", registry::toml),
     ("services_yaml", registry::yaml),

@@ -349,24 +349,29 @@ async fn follow(
         let lines = lines.push(&bytes, MAX).ok_or_else(|| format!("an event has more than {MAX} bytes"))?;
         let mut changes = Vec::new();
         for line in lines {
-            let Event { what, object } = parse(&line)?;
-            let gone = match &*what {
-                "ADDED" | "MODIFIED" => Some(false),
-                "DELETED" => Some(true),
-                "BOOKMARK" => None,
-                "ERROR" if object["code"] == 410 => return Err(GONE.into()),
-                _ => return Err(format!("the watch has failed: {}", shown(&object["message"]))),
-            };
-            if let Some(new) = object["metadata"]["resourceVersion"].as_str() {
-                new.clone_into(version);
-            }
-            changes.extend(gone.map(|gone| Change { kind, gone, object }));
+            changes.extend(told(&line, kind, version)?);
         }
         if !changes.is_empty() && tell.send(Ok(changes)).await.is_err() {
             break;
         }
     }
     Ok(())
+}
+
+/// What a line of a watch changes, and the version that it takes everything to.
+fn told(line: &[u8], kind: Kind, version: &mut String) -> Result<Option<Change>, String> {
+    let Event { what, object } = parse(line)?;
+    let gone = match &*what {
+        "ADDED" | "MODIFIED" => Some(false),
+        "DELETED" => Some(true),
+        "BOOKMARK" => None,
+        "ERROR" if object["code"] == 410 => return Err(GONE.into()),
+        _ => return Err(format!("the watch has failed: {}", shown(&object["message"]))),
+    };
+    if let Some(new) = object["metadata"]["resourceVersion"].as_str() {
+        new.clone_into(version);
+    }
+    Ok(gone.map(|gone| Change { kind, gone, object }))
 }
 
 /// Asks now and then whether the server still answers: any answer will do.
@@ -466,5 +471,7 @@ struct Event {
     object: Value,
 }
 
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 #[cfg(test)]
 mod tests;
