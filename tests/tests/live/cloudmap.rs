@@ -201,13 +201,13 @@ fn a_cloud_map_that_says_a_byte_a_second_or_nonsense_is_noticed_and_fails_no_con
 }
 
 #[test]
-fn a_kill_and_a_return_with_nothing_fail_no_connect() {
+fn a_kill_and_a_return_with_nothing_fail_no_connect_and_a_daemon_starts_meanwhile() {
     let (one, two) = (Server::start("one"), Server::start("two"));
     let mut moto = Moto::start();
     let cloud_map = CloudMap::here(moto.url());
     cloud_map.create();
     cloud_map.register("x", one.port());
-    let mesh = start(&cloud_map.url);
+    let mut mesh = start(&cloud_map.url);
     wait_until("the instance", || dial(&mesh) == "one");
     let traffic = Traffic::start(&mesh, VIP);
     moto.kill();
@@ -221,6 +221,9 @@ fn a_kill_and_a_return_with_nothing_fail_no_connect() {
     mesh.wait_for_registry("synced");
     wait_until("the change", || dial(&mesh) == "two");
     figure(&format!("cloudmap killed: {} connects, none failed", traffic.end(&["one", "two"])));
+    moto.kill();
+    let launch = |mesh: &mut Mesh| launch(mesh, &Place::here());
+    outage::starts_without_it(&mut mesh, VIP, ("two", two.port()), launch);
 }
 
 /// What stands before moto, which asks nobody for keys.

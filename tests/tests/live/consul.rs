@@ -202,11 +202,11 @@ fn a_consul_that_says_a_byte_a_second_or_nonsense_is_noticed_and_fails_no_connec
 }
 
 #[test]
-fn a_kill_and_a_return_with_nothing_fail_no_connect() {
+fn a_kill_and_a_return_with_nothing_fail_no_connect_and_a_daemon_starts_meanwhile() {
     let servers = [Server::start("one"), Server::start("two")];
     let mut consul = Consul::start();
     consul.register("x", "127.0.0.1", servers[0].port(), "passing");
-    let mesh = consul.mesh(TOKEN);
+    let mut mesh = consul.mesh(TOKEN);
     mesh.ready();
     wait_until("the instance", || dial(&mesh) == "one");
     let traffic = Traffic::start(&mesh, VIP);
@@ -222,6 +222,8 @@ fn a_kill_and_a_return_with_nothing_fail_no_connect() {
         wait_until("the change", || dial(&mesh) == name);
     }
     figure(&format!("consul killed twice: {} connects, none failed", traffic.end(&["one", "two"])));
+    consul.kill();
+    outage::starts_without_it(&mut mesh, VIP, ("one", servers[0].port()), Mesh::launch);
 }
 
 #[test]

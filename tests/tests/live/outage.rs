@@ -1,6 +1,10 @@
 //! Times in which a registry is of no use: clients notice nothing, and the daemon does.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use mesh_tests::{
     Mesh, binary, figure,
@@ -64,8 +68,42 @@ pub(crate) fn in_a_black_hole(registry: &str, mesh: &Mesh, vip: &str, host: &Hos
     outage.is_endured(|| host.black_hole(), change, end);
 }
 
+/// The registry is away. A daemon that is started anew, also as after a reboot, serves what it said last.
+pub(crate) fn starts_without_it(mesh: &mut Mesh, vip: &str, server: (&str, u16), launch: impl Fn(&mut Mesh)) {
+    let (name, port) = server;
+    let (kept, says) = (mesh.dir.path().join("state/registries"), format!("\"port\":{port}"));
+    wait_until("it is on disk", || {
+        let files = fs::read_dir(&kept).into_iter().flatten().flatten();
+        let mut texts = files.map(|file| fs::read_to_string(file.path()).unwrap_or_default());
+        texts.any(|text| text.contains(&says))
+    });
+    for reboots in [false, true] {
+        mesh.kill();
+        if reboots {
+            assert!(mesh.cleanup().status.success());
+        }
+        launch(mesh);
+        mesh.ready();
+        assert_eq!(mesh.dial(&format!("{vip}:80")), name);
+        assert_eq!(mesh.registry()["state"], "stale");
+    }
+}
+
 /// Starts a daemon on a host. Its clients and their backends stay on this machine.
 pub(crate) fn launch_on(node: &Host, mesh: &mut Mesh) {
     mesh.launch_as(node.command(binary().to_str().unwrap()));
     mesh.ready();
+}
+
+#[test]
+fn the_page_on_registries_names_tests_that_there_are() {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let page = fs::read_to_string(tests.join("../docs/registries.md")).unwrap();
+    let last = page.lines().filter_map(|line| line.strip_suffix("` |")?.rsplit_once("| `"));
+    let names: Vec<_> = last.filter_map(|(_, name)| name.split_once("::")).collect();
+    assert!(!names.is_empty());
+    for (module, test) in names {
+        let source = fs::read_to_string(tests.join(format!("tests/live/{module}.rs"))).unwrap();
+        assert!(source.contains(&format!("#[test]\nfn {test}() {{")), "there is no {module}::{test}");
+    }
 }
