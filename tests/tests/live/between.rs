@@ -87,7 +87,7 @@ impl Between {
 
     /// The registry says a byte a second for a while, and then nonsense. `change` makes it say that the first or the second
     /// server, which is `one` or `two`, is who serves.
-    pub(crate) fn is_endured(
+    pub(crate) fn endure(
         &self,
         registry: &str,
         mesh: &Mesh,
@@ -97,13 +97,13 @@ impl Between {
     ) {
         let [slow, garbage] = errors;
         let what = format!("{registry} at a byte a second");
-        Outage { what: &what, mesh, vip, error: slow, servers: ["one", "two"] }.is_endured(
+        Outage { what: &what, mesh, vip, error: slow, servers: ["one", "two"] }.endure(
             || self.answers(Answers::Slow),
             || change(1),
             |()| self.answers(Answers::Pass),
         );
         let what = format!("{registry} talking nonsense");
-        Outage { what: &what, mesh, vip, error: garbage, servers: ["two", "one"] }.is_endured(
+        Outage { what: &what, mesh, vip, error: garbage, servers: ["two", "one"] }.endure(
             || self.answers(Answers::Garbage),
             || change(0),
             |()| self.answers(Answers::Pass),

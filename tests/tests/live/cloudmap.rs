@@ -197,7 +197,7 @@ fn a_cloud_map_that_says_a_byte_a_second_or_nonsense_is_noticed_and_fails_no_con
     let between = Between::start(&moto.address);
     let mesh = start(&format!("http://{}", between.address));
     let change = |server: usize| cloud_map.register("x", servers[server].port());
-    between.is_endured("cloudmap", &mesh, VIP, ["", ""], change);
+    between.endure("cloudmap", &mesh, VIP, ["", ""], change);
 }
 
 #[test]
@@ -294,13 +294,13 @@ fn credentials_that_end_are_noticed_and_read_again_and_fail_no_connect() {
     write_key(&file, "AKIDFIRST");
     mesh.ready();
     let outage = |what, error, servers| Outage { what, mesh: &mesh, vip: VIP, error, servers };
-    outage("cloudmap with another key", "ExpiredTokenException: ", ["one", "two"]).is_endured(
+    outage("cloudmap with another key", "ExpiredTokenException: ", ["one", "two"]).endure(
         || keys.accept("AKIDSECOND", "ExpiredTokenException"),
         || cloud_map.register("x", two.port()),
         |()| write_key(&file, "AKIDSECOND"),
     );
     outage("cloudmap that forgets a key for a while", "UnrecognizedClientException: ", ["two", "one"])
-        .is_endured(
+        .endure(
             || keys.accept("AKIDOTHER", "UnrecognizedClientException"),
             || cloud_map.register("x", one.port()),
             |()| keys.accept("AKIDSECOND", ""),

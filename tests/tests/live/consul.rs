@@ -198,7 +198,7 @@ fn a_consul_that_says_a_byte_a_second_or_nonsense_is_noticed_and_fails_no_connec
     let mut mesh = prepare(&format!("http://{}", between.address), TOKEN);
     mesh.launch();
     mesh.ready();
-    between.is_endured("consul", &mesh, VIP, ["no answer in time", "HTTP"], change);
+    between.endure("consul", &mesh, VIP, ["no answer in time", "HTTP"], change);
 }
 
 #[test]
@@ -243,7 +243,7 @@ fn a_token_that_ends_is_noticed_and_read_again_and_fails_no_connect() {
     let error = "ACL not found";
     let outage =
         Outage { what: "consul with another token", mesh: &mesh, vip: VIP, error, servers: ["one", "two"] };
-    outage.is_endured(
+    outage.endure(
         || consul.put("/token", &json!("an0ther")),
         || consul.register("x", "127.0.0.1", two.port(), "passing"),
         |()| fs::write(&token, "an0ther").unwrap(),

@@ -236,5 +236,5 @@ fn a_name_server_that_says_a_byte_a_second_or_nonsense_is_noticed_and_fails_no_c
         zone.write(&[host, ("db", "127.0.0.1")]);
         dns.reload();
     };
-    between.is_endured("name server", &mesh, VIP, ["no answer in time", "no answer in time"], change);
+    between.endure("name server", &mesh, VIP, ["no answer in time", "no answer in time"], change);
 }

@@ -337,7 +337,7 @@ fn an_etcd_that_says_a_byte_a_second_or_nonsense_is_noticed_and_fails_no_connect
     mesh.launch();
     mesh.ready();
     let change = |server: usize| etcd.put(&key("x"), &at(&servers[server]));
-    between.is_endured("etcd", &mesh, VIP, ["in time", "HTTP"], change);
+    between.endure("etcd", &mesh, VIP, ["in time", "HTTP"], change);
 }
 
 /// A user is deleted, with its tokens, and is there again with another password.
@@ -364,7 +364,7 @@ fn a_password_that_is_changed_is_noticed_and_read_again_and_fails_no_connect() {
         etcd.ctl(&["user", "grant-role", "mesh", "reader"]);
     };
     let change = || etcd.put(&key("x"), &at(&two));
-    outage.is_endured(change_password, change, |()| fs::write(&password, "another").unwrap());
+    outage.endure(change_password, change, |()| fs::write(&password, "another").unwrap());
 }
 
 /// A token ends when it was not used for a second, which is shorter than the time between two questions.

@@ -404,7 +404,7 @@ fn a_kubernetes_that_says_a_byte_a_second_or_nonsense_is_noticed_and_fails_no_co
     mesh.launch();
     mesh.ready();
     let change = |server: usize| kubernetes.put(&pod("x", &servers[server], READY));
-    between.is_endured("kubernetes", &mesh, VIP, ["", ""], change);
+    between.endure("kubernetes", &mesh, VIP, ["", ""], change);
 }
 
 #[test]
@@ -424,7 +424,7 @@ fn a_token_that_ends_is_noticed_and_read_again_and_fails_no_connect() {
         kubernetes.tell("end", &Value::Null);
     };
     let change = || kubernetes.put(&pod("x", &two, READY));
-    outage.is_endured(end, change, |()| drop(kubernetes.kubeconfig("an0ther")));
+    outage.endure(end, change, |()| drop(kubernetes.kubeconfig("an0ther")));
     assert!(!mesh.log().contains(TOKEN) && !mesh.log().contains("an0ther"));
 }
 

@@ -30,7 +30,7 @@ pub(crate) struct Outage<'a> {
 
 impl Outage<'_> {
     /// It goes from `begin` to `end`.
-    pub(crate) fn is_endured<T>(self, begin: impl FnOnce() -> T, change: impl FnOnce(), end: impl FnOnce(T)) {
+    pub(crate) fn endure<T>(self, begin: impl FnOnce() -> T, change: impl FnOnce(), end: impl FnOnce(T)) {
         let Self { what, mesh, vip, error, servers } = self;
         let [before, after] = servers;
         let answers = |name: &str| mesh.dial(&format!("{vip}:80")) == name;
@@ -65,7 +65,7 @@ pub(crate) fn in_a_black_hole(registry: &str, mesh: &Mesh, vip: &str, host: &Hos
     let what = format!("{registry} in a black hole");
     let end = |hole: BlackHole| assert!(hole.dropped() > 0, "nobody was asked");
     let outage = Outage { what: &what, mesh, vip, error: "", servers: ["one", "two"] };
-    outage.is_endured(|| host.black_hole(), change, end);
+    outage.endure(|| host.black_hole(), change, end);
 }
 
 /// The registry is away. A daemon that is started anew, also as after a reboot, serves what it said last.
