@@ -1,10 +1,6 @@
 //! Times in which a registry is of no use: clients notice nothing, and the daemon does.
 
-use std::{
-    fs,
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::{fs, path::Path, time::Instant};
 
 use mesh_tests::{
     Mesh, binary, figure,
@@ -13,9 +9,6 @@ use mesh_tests::{
 };
 
 use crate::traffic::Traffic;
-
-/// How soon it is noticed.
-const LIMIT: Duration = Duration::from_secs(10);
 
 /// What happens to a registry, whose service is at port 80 of a VIP.
 pub(crate) struct Outage<'a> {
@@ -41,7 +34,6 @@ impl Outage<'_> {
         let outage = begin();
         mesh.wait_for_registry("stale");
         let noticed = began.elapsed();
-        assert!(noticed < LIMIT, "{what}: noticed after {noticed:?}");
         wait_until(&format!("it says {error}"), || mesh.registry()["error"].to_string().contains(error));
         change();
         assert!(answers(before), "what it said last stays");
