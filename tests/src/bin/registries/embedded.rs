@@ -163,6 +163,6 @@ impl crate::Registry for CloudMap {
 
     /// All services are listed every 15 seconds.
     fn turn(&self) -> Duration {
-        Duration::from_secs(30)
+        Duration::from_secs(15)
     }
 }

@@ -15,7 +15,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_tests::{Dialogue, Mesh, binary, now, server::Server, text, wait_until};
+use mesh_tests::{Dialogue, Mesh, binary, now, server::Server, wait_until};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 
@@ -31,8 +31,10 @@ mod table;
 
 /// The longest time until all is served.
 const START: Duration = Duration::from_secs(300);
+/// How often it is looked whether it is.
+const LOOK: Duration = Duration::from_millis(20);
 /// From then on, until what the start left behind is done.
-const SETTLE: Duration = Duration::from_secs(5);
+const SETTLE: Duration = Duration::from_secs(3);
 /// Between two changes: longer than any registry is let rest after one.
 const PAUSE: Duration = Duration::from_millis(25);
 
@@ -185,7 +187,7 @@ fn serve(mesh: &mut Mesh, table: Table) {
     let mut served = start.elapsed();
     while mesh.used("BACKENDS") < table.backends() as u64 {
         assert!(served < START, "not served: {}", mesh.log());
-        thread::sleep(Duration::from_millis(20));
+        thread::sleep(LOOK);
         served = start.elapsed();
     }
     say("from the start until all is served", served.as_secs_f64() * 1e3, "ms");
@@ -198,9 +200,12 @@ fn launch(mesh: &mut Mesh) {
     daemon.envs([("AWS_ACCESS_KEY_ID", "any"), ("AWS_SECRET_ACCESS_KEY", "any")]);
     daemon.env("AWS_EC2_METADATA_DISABLED", "true");
     mesh.launch_as(daemon);
-    let wait = format!("--wait={}s", START.as_secs());
-    let ready = mesh.mesh(&["status", "--brief", &wait]).output().expect("it can be asked");
-    assert!(ready.status.success(), "not ready: {}\n{}", text(&ready), mesh.log());
+    let start = Instant::now();
+    let is_ready = || mesh.mesh(&["status", "--brief", "--wait=0s"]).output().expect("it can be asked");
+    while !is_ready().status.success() {
+        assert!(start.elapsed() < START, "not ready: {}", mesh.log());
+        thread::sleep(LOOK);
+    }
 }
 
 /// What the daemon does without its etcd, and when that is back.
