@@ -149,9 +149,9 @@ async fn answer(mut told: watch::Receiver<Told>, options: &Options) -> Response 
     let number = |key: &str| options.get(key).and_then(|text| text.trim_end_matches('s').parse::<u64>().ok());
     if let (Some(index), Some(wait)) = (number("index"), number("wait")) {
         // Consul adds up to a sixteenth, at random.
-        let wait = Duration::from_secs(wait);
-        let more = wait.mul_f64(f64::from(mesh_tests::now() as u16) / f64::from(u16::MAX) / 16.0);
-        let _ = tokio::time::timeout(wait + more, told.wait_for(|told| told.index > index)).await;
+        let wait = wait * 1000 + wait * 1000 / 16 * (mesh_tests::now() % 1000) / 1000;
+        let newer = told.wait_for(|told| told.index > index);
+        let _ = tokio::time::timeout(Duration::from_millis(wait), newer).await;
     }
     let Told { index, body } = told.borrow().clone();
     let headers = [("X-Consul-Index", index.to_string()), ("Content-Type", "application/json".into())];
