@@ -69,7 +69,7 @@ enum Part {
     Memory,
     Policies,
     Names,
-    /// How soon an etcd is followed.
+    /// How soon each registry is followed, and what that costs.
     Registries,
     Scale,
 }
@@ -104,7 +104,7 @@ impl Part {
             Self::Memory => memory::measure(effort),
             Self::Policies => policies::measure(batches),
             Self::Names => names::measure(batches),
-            Self::Registries => registries::measure(10 * effort.changes),
+            Self::Registries => registries::measure(effort),
             Self::Scale => scale::measure(effort.changes, batches),
         }
     }
@@ -225,7 +225,7 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
             setup::name_servers()?;
         }
         if args.only.is_none_or(|only| only == Part::Registries) {
-            setup::etcd()?;
+            setup::registries()?;
         }
         if args.only.is_none_or(|only| matches!(only, Part::Load | Part::Failover | Part::Memory)) {
             setup::rivals()?;

@@ -121,8 +121,9 @@ pub(crate) fn name_servers() -> anyhow::Result<()> {
 }
 
 /// What the benchmark of registries needs.
-pub(crate) fn etcd() -> anyhow::Result<()> {
-    packages(ETCD)
+pub(crate) fn registries() -> anyhow::Result<()> {
+    packages(ETCD)?;
+    packages(NAME_SERVERS)
 }
 
 /// What the arms of the benchmark need.

@@ -49,7 +49,7 @@ fn meta(meta: &Value) -> String {
     )
 }
 
-fn find<'a>(rows: &'a [Value], measure: &str, topology: &str, arm: &str) -> Option<&'a Value> {
+pub(super) fn find<'a>(rows: &'a [Value], measure: &str, topology: &str, arm: &str) -> Option<&'a Value> {
     rows.iter().find(|row| row["measure"] == measure && row["topology"] == topology && row["arm"] == arm)
 }
 
