@@ -17,7 +17,7 @@ use super::{
     Rules,
     embedded::translate,
     file::format,
-    remote::{self, Body, Ledger, Said, Tls, reason, secret},
+    remote::{self, Body, Ledger, Said, Tls, jitter, reason, secret},
     rules,
 };
 use crate::model::{Instance, Service};
@@ -28,6 +28,9 @@ const HEALTH: Duration = Duration::from_secs(60);
 
 /// After an answer without news: an index may move for other reasons.
 const PAUSE: Duration = Duration::from_millis(20);
+
+/// After a question about one service that was not answered.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// The largest answer, in bytes.
 const MAX: usize = 64 << 20;
@@ -70,7 +73,9 @@ impl Settings {
     /// Reads the files.
     fn access(&self, rules: &Rules) -> Result<Access, String> {
         let url = self.url(rules)?;
-        let http = remote::http(&rules.vip_ranges, (url.scheme() == "https").then_some(&self.tls))?;
+        let tls = (url.scheme() == "https").then_some(&self.tls);
+        // Of thousands of connections, one for each service, none asks whether Consul is there: the list does.
+        let http = remote::http(&rules.vip_ranges, tls, None)?;
         let token = match &self.token_file {
             Some(path) => Some(secret("token_file", path)?),
             None => self.token.clone(),
@@ -119,7 +124,9 @@ pub struct Client {
     /// Of the connection that there is.
     access: Option<Access>,
     rules: Rules,
-    /// The names that it lists, also those that are none.
+    /// What it listed last: it says so again whenever anything has changed.
+    listed: Vec<u8>,
+    /// The names in it, also those that are none.
     names: BTreeSet<String>,
     /// By the index at which the first instance was made.
     ledger: Ledger<String, u64>,
@@ -129,8 +136,15 @@ pub struct Client {
 impl Client {
     /// With settings that were checked.
     pub fn new(settings: Settings, rules: Rules) -> Self {
-        let (names, ledger) = (BTreeSet::new(), Ledger::default());
-        Self { settings, access: None, rules, names, ledger, questions: JoinSet::new() }
+        Self {
+            settings,
+            access: None,
+            rules,
+            listed: Vec::new(),
+            names: BTreeSet::new(),
+            ledger: Ledger::default(),
+            questions: JoinSet::new(),
+        }
     }
 
     /// Asks after a pause for what is newer than an index; for what there is, where that is zero.
@@ -175,7 +189,17 @@ impl Client {
         {
             return Ok(false);
         }
-        let told = told.map_err(|why| self.failed(&why))?;
+        let told = match (told, &question) {
+            (Ok(told), _) => told,
+            (Err(why), Question::List) => return Err(self.failed(&why)),
+            // Whether Consul is still there is for the list to say. What fails twice is named.
+            (Err(why), Question::Health(name)) => {
+                let news = before == 0
+                    && self.ledger.complain(name, vec![format!("service {name}: {}", rules::shown(&why))]);
+                self.ask(question, 0, jitter(AGAIN));
+                return Ok(news);
+            }
+        };
         let changed = match &question {
             Question::List => {
                 let (news, new) = self.list(&told.body).map_err(|why| self.failed(&why))?;
@@ -192,6 +216,9 @@ impl Client {
 
     /// Follows the list of services; whether that is news by itself, and which ones are to be asked for.
     fn list(&mut self, body: &[u8]) -> Result<(bool, Vec<String>), String> {
+        if self.listed == body {
+            return Ok((false, Vec::new()));
+        }
         let list: BTreeMap<String, Vec<String>> =
             serde_json::from_slice(body).map_err(|error| format!("what it says is not Consul's: {error}"))?;
         let has_tag = |tags: &Vec<String>| self.settings.tag.as_ref().is_none_or(|tag| tags.contains(tag));
@@ -210,6 +237,7 @@ impl Client {
             }
         }
         self.names = names;
+        self.listed = body.into();
         Ok((news, new))
     }
 

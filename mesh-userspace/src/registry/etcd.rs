@@ -73,7 +73,7 @@ impl Settings {
     }
 
     fn http(&self, rules: &Rules) -> Result<reqwest::Client, String> {
-        remote::http(&rules.vip_ranges, self.is_secure().then_some(&self.tls))
+        remote::http(&rules.vip_ranges, self.is_secure().then_some(&self.tls), Some(remote::PERIOD))
     }
 
     fn password(&self) -> Result<Option<String>, String> {

@@ -175,13 +175,18 @@ pub fn reason(error: reqwest::Error) -> String {
 }
 
 /// An HTTP client of the daemon's own: never through a proxy, to where no VIP is, and to nowhere else. It
-/// speaks TLS only where that is asked for: a machine may have no certificates at all.
-pub fn http(vip_ranges: &[IpNet], tls: Option<&Tls>) -> Result<reqwest::Client, String> {
+/// speaks TLS only where that is asked for: a machine may have no certificates at all. `alive`: how long nothing is said
+/// on a connection until it is asked whether anybody is still there.
+pub fn http(
+    vip_ranges: &[IpNet],
+    tls: Option<&Tls>,
+    alive: Option<Duration>,
+) -> Result<reqwest::Client, String> {
     let http = reqwest::Client::builder()
         .no_proxy()
         .redirect(reqwest::redirect::Policy::none())
         .connect_timeout(CONNECT)
-        .tcp_keepalive(PERIOD)
+        .tcp_keepalive(alive)
         .tcp_keepalive_interval(KEEPALIVE)
         .tcp_keepalive_retries(KEEPALIVES)
         .tcp_user_timeout(ANSWER)
