@@ -105,7 +105,7 @@ impl Part {
             Self::Policies => policies::measure(batches),
             Self::Names => names::measure(batches),
             Self::Registries => registries::measure(effort),
-            Self::Scale => scale::measure(effort.changes, batches),
+            Self::Scale => scale::measure(effort),
         }
     }
 
@@ -212,7 +212,7 @@ impl Effort {
     fn topologies(&self) -> Vec<(Topology, usize)> {
         match self.mode {
             Mode::Quick => vec![(Topology::Namespaces, 2)],
-            Mode::Usual => vec![(Topology::Namespaces, 5), (Topology::Loopback, 2)],
+            Mode::Usual => vec![(Topology::Namespaces, 4), (Topology::Loopback, 1)],
             Mode::Full => vec![(Topology::Namespaces, 20), (Topology::Pinned, 10), (Topology::Loopback, 10)],
         }
     }

@@ -102,11 +102,7 @@ pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
 /// Registries, and services in each.
 fn turns(mode: Mode) -> Vec<(&'static Kind, u32)> {
     if mode == Mode::Quick {
-        return KINDS
-            .iter()
-            .filter(|kind| ["embedded", "etcd"].contains(&kind.name))
-            .map(|kind| (kind, FEW))
-            .collect();
+        return KINDS.iter().filter(|kind| kind.name == "etcd").map(|kind| (kind, FEW)).collect();
     }
     let few = KINDS.iter().filter(|kind| kind.tells).map(|kind| (kind, FEW));
     few.chain(KINDS.iter().map(|kind| (kind, MANY))).collect()

@@ -5,10 +5,10 @@ use std::process::Command;
 use anyhow::Context;
 use serde_json::{Value, json};
 
-use super::services;
+use super::{Effort, services};
 use crate::tools::{self, cargo, output, run};
 
-/// Services, backends of each, changes.
+/// Services, backends of each, changes; where there is little time only those with fewer backends than [`LARGE`].
 const TABLES: [(u32, u32, u32); 7] = [
     (1, 1, 2000),
     (1, 10, 2000),
@@ -19,15 +19,20 @@ const TABLES: [(u32, u32, u32); 7] = [
     (100_000, 10, 1000),
 ];
 
+const LARGE: u32 = 100_000;
+
 /// Rows of all tables, then of the programs. Each change ends with a grace, which is what takes the time:
 /// so many percent of them are made.
-pub(super) fn measure(percent: u32, batches: usize) -> anyhow::Result<Vec<Value>> {
+pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
     run(cargo().args(["build", "--release", "--locked", "--package", "mesh-tests", "--bin", "scale"]))?;
     let mut rows = Vec::new();
     for (services, backends, changes) in TABLES {
+        if effort.quick() && services * backends >= LARGE {
+            continue;
+        }
         let table = format!("{services} x {backends}");
         eprintln!("bench: {table}");
-        let changes = (changes * percent / 100).max(10);
+        let changes = (changes * effort.changes / 100).max(10);
         let args = [services, backends, changes].map(|number| number.to_string());
         rows.extend(read(&args, |what| (what.to_owned(), table.clone()))?);
     }
@@ -36,7 +41,7 @@ pub(super) fn measure(percent: u32, batches: usize) -> anyhow::Result<Vec<Value>
         (what.to_owned(), program.to_owned())
     };
     rows.extend(read(&["programs".into()], program)?);
-    rows.extend(services::measure(batches)?);
+    rows.extend(services::measure(effort.batches)?);
     Ok(rows)
 }
 
