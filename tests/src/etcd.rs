@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
 
@@ -97,6 +97,20 @@ impl Etcd {
         self.restart();
     }
 
+    /// After [`kill`](Self::kill): what it holds.
+    pub fn backup(&self) -> TempDir {
+        let backup = TempDir::with_prefix("mesh-etcd-backup").unwrap();
+        copy(&self.data(), &backup.path().join("data"));
+        backup
+    }
+
+    /// After [`kill`](Self::kill), with what it held at an earlier time.
+    pub fn restart_from(&mut self, backup: &TempDir) {
+        fs::remove_dir_all(self.data()).unwrap();
+        copy(&backup.path().join("data"), &self.data());
+        self.restart();
+    }
+
     fn data(&self) -> PathBuf {
         self.dir.path().join("data")
     }
@@ -170,4 +184,9 @@ impl Drop for Etcd {
         let _ = self.server.kill();
         let _ = self.server.wait();
     }
+}
+
+fn copy(from: &Path, to: &Path) {
+    let copied = Command::new("cp").arg("--archive").args([from, to]).status().unwrap();
+    assert!(copied.success());
 }

@@ -1,5 +1,5 @@
 //! The etcd registry, through etcd's JSON gateway: everything is listed once, then watched from that
-//! revision on.
+//! revision on; after an interruption from the last change that was told, if that is still what happened then.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -92,6 +92,8 @@ pub struct Client {
     /// The one to ask.
     endpoint: usize,
     mirror: Mirror,
+    /// The last change that is in the mirror, if it was a put.
+    last: Option<Kv>,
     watch: Option<Watch>,
     /// The question whether the server is still there.
     alive: JoinSet<Result<(), String>>,
@@ -116,7 +118,8 @@ impl Client {
     pub fn new(settings: Settings, rules: Rules) -> Self {
         let endpoints = settings.endpoints.iter().filter_map(|text| Url::parse(text).ok()).collect();
         let mirror = Mirror::new(&settings.prefix, rules.clone());
-        Self { settings, rules, endpoints, endpoint: 0, mirror, watch: None, alive: JoinSet::new() }
+        let (last, watch, alive) = (None, None, JoinSet::new());
+        Self { settings, rules, endpoints, endpoint: 0, mirror, last, watch, alive }
     }
 
     fn url(&self) -> &Url {
@@ -144,7 +147,32 @@ impl Client {
 
     async fn open(&mut self) -> Result<Watch, String> {
         let access = self.access().await?;
+        if let Some(revision) = self.known(&access).await
+            && let Ok(watch) = self.watch(access.clone(), revision).await
+        {
+            return Ok(watch);
+        }
         let revision = self.list(&access).await?;
+        self.watch(access, revision).await
+    }
+
+    /// The revision of the last change, if it is there as it was told: an etcd that was restored from a backup may
+    /// have gone another way since.
+    async fn known(&self, access: &Access) -> Option<i64> {
+        let last = self.last.as_ref()?;
+        let key = BASE64_STANDARD.encode(&last.key.0);
+        let request = json!({ "key": key, "revision": last.mod_revision.to_string() });
+        let answer = async {
+            let answer = access.post(self.url(), "v3/kv/range", &request).await.ok()?;
+            remote::body(answer, MAX).await.ok()
+        };
+        let body = tokio::time::timeout(remote::ANSWER, answer).await.ok()??;
+        let page: Page = parse(&body).ok()?;
+        (page.kvs.first() == Some(last)).then_some(last.mod_revision)
+    }
+
+    /// What is told of changes after a revision.
+    async fn watch(&mut self, access: Access, revision: i64) -> Result<Watch, String> {
         let from = json!({ "start_revision": (revision + 1).to_string() });
         let request = json!({ "create_request": self.range(self.start(), from) });
         let sent = access.post(self.url(), "v3/watch", &request);
@@ -164,6 +192,9 @@ impl Client {
         let mut limit = PAGE;
         let mut revision = None;
         self.mirror.begin();
+        // Only the whole is a state to go on from.
+        self.last = None;
+        let mut newest: Option<Kv> = None;
         loop {
             let at = json!({ "limit": limit.to_string(), "revision": revision.unwrap_or(0).to_string() });
             let request = self.range(from.clone(), at);
@@ -185,12 +216,16 @@ impl Client {
             // All pages are of the revision of the first.
             let revision = *revision.get_or_insert(page.header.revision);
             let last = page.kvs.last().map(|kv| kv.key.0.clone());
-            for Kv { key, value, create_revision } in page.kvs {
-                self.mirror.put(&key.0, &value.0, create_revision);
+            for kv in page.kvs {
+                self.mirror.put(&kv.key.0, &kv.value.0, kv.create_revision);
+                if newest.as_ref().is_none_or(|newest| newest.mod_revision < kv.mod_revision) {
+                    newest = Some(kv);
+                }
             }
             match last.filter(|_| page.more) {
                 None => {
                     self.mirror.listed();
+                    self.last = newest;
                     return Ok(revision);
                 }
                 Some(last) => {
@@ -227,8 +262,9 @@ impl Client {
         }
     }
 
-    /// Whether a message changed anything.
+    /// Whether a message changed anything. After one that is not understood all is to be read again.
     fn take(&mut self, message: Message) -> Result<bool, String> {
+        let last = self.last.take();
         if let Some(error) = message.error {
             return Err(format!("the watch has failed: {}", rules::shown(&error)));
         }
@@ -242,11 +278,18 @@ impl Client {
             });
         }
         let changed = !told.events.is_empty();
+        self.last = last;
         for Event { kind, kv } in told.events {
-            match &*kind {
-                "DELETE" => self.mirror.delete(&kv.key.0),
-                _ => self.mirror.put(&kv.key.0, &kv.value.0, kv.create_revision),
-            }
+            self.last = match &*kind {
+                "DELETE" => {
+                    self.mirror.delete(&kv.key.0);
+                    None
+                }
+                _ => {
+                    self.mirror.put(&kv.key.0, &kv.value.0, kv.create_revision);
+                    Some(kv)
+                }
+            };
         }
         Ok(changed)
     }
@@ -274,7 +317,10 @@ impl Client {
 
 impl remote::Client for Client {
     async fn connect(&mut self) -> Result<(), String> {
-        self.watch = None;
+        if self.watch.take().is_some() {
+            // Asked for while all is well: somebody wants everything to be read.
+            self.last = None;
+        }
         self.alive = JoinSet::new();
         let mut errors = Vec::new();
         for _ in 0..self.endpoints.len() {
@@ -290,7 +336,11 @@ impl remote::Client for Client {
     }
 
     async fn news(&mut self) -> Result<bool, String> {
-        self.wait().await.map_err(|why| self.failed(&why))
+        let news = self.wait().await;
+        if news.is_err() {
+            self.watch = None;
+        }
+        news.map_err(|why| self.failed(&why))
     }
 
     fn read(&mut self) -> Said {
@@ -361,13 +411,15 @@ struct Header {
     revision: i64,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, PartialEq)]
 struct Kv {
     key: Bytes,
     #[serde(default)]
     value: Bytes,
     #[serde(default, deserialize_with = "int64")]
     create_revision: i64,
+    #[serde(default, deserialize_with = "int64")]
+    mod_revision: i64,
 }
 
 /// A line of a watch.
@@ -396,7 +448,7 @@ struct Event {
     kv: Kv,
 }
 
-#[derive(Default)]
+#[derive(Default, PartialEq)]
 struct Bytes(Vec<u8>);
 
 impl<'de> Deserialize<'de> for Bytes {

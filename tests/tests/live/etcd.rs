@@ -19,6 +19,7 @@ use mesh_tests::{
     server::Server,
     text, wait_until,
 };
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::{
@@ -225,6 +226,32 @@ fn an_etcd_that_comes_back_empty_removes_nothing() {
     mesh.wait_for_registry("synced");
     wait_until("what it says now", || mesh.kernel_backends(&format!("{VIP}:80")).len() == 1);
     assert_eq!(dial(&mesh), "two");
+}
+
+/// While the daemon sees nothing it comes to a revision that the daemon knows, on another way.
+#[test]
+fn an_etcd_that_is_restored_from_a_backup_is_read_again() {
+    let (one, two) = (Server::start("one"), Server::start("two"));
+    let mut etcd = etcd(&[("one", &one)]);
+    let mesh = start(&etcd);
+    etcd.kill();
+    let backup = etcd.backup();
+    etcd.restart();
+    etcd.put(&key("two"), &at(&two));
+    mesh.wait_for_backends(&format!("{VIP}:80"), 2);
+    let traffic = Traffic::start(&mesh, VIP);
+
+    let daemon = Pid::from_raw(mesh.pid().cast_signed()).unwrap();
+    kill_process(daemon, Signal::STOP).unwrap();
+    etcd.kill();
+    etcd.restart_from(&backup);
+    for weight in 1..4 {
+        etcd.put(&key("one"), &at(&one).replace('}', &format!(r#", "weight": {weight}}}"#)));
+    }
+    kill_process(daemon, Signal::CONT).unwrap();
+    mesh.wait_for_backends(&format!("{VIP}:80"), 1);
+    assert_eq!(dial(&mesh), "one");
+    assert!(traffic.end(&["one", "two"]) > 0);
 }
 
 #[test]

@@ -12,7 +12,7 @@ pub(crate) fn messages(bytes: &[u8]) {
     match parse::<Page>(lines.next().unwrap_or_default()) {
         Ok(page) => {
             client.mirror.begin();
-            page.kvs.iter().for_each(|Kv { key, value, create_revision }| {
+            page.kvs.iter().for_each(|Kv { key, value, create_revision, .. }| {
                 client.mirror.put(&key.0, &value.0, *create_revision);
             });
             client.mirror.listed();
