@@ -192,8 +192,6 @@ impl Client {
         let mut limit = PAGE;
         let mut revision = None;
         self.mirror.begin();
-        // Only the whole is a state to go on from.
-        self.last = None;
         let mut newest: Option<Kv> = None;
         loop {
             let at = json!({ "limit": limit.to_string(), "revision": revision.unwrap_or(0).to_string() });
@@ -216,6 +214,8 @@ impl Client {
             // All pages are of the revision of the first.
             let revision = *revision.get_or_insert(page.header.revision);
             let last = page.kvs.last().map(|kv| kv.key.0.clone());
+            // Only the whole is a state to go on from.
+            self.last = None;
             for kv in page.kvs {
                 self.mirror.put(&kv.key.0, &kv.value.0, kv.create_revision);
                 if newest.as_ref().is_none_or(|newest| newest.mod_revision < kv.mod_revision) {
