@@ -12,7 +12,7 @@ pub type Target = fn(&[u8]);
 
 /// By the name of its folder in `fuzz/corpus`.
 pub const TARGETS: [(&str, Target); 13] = [
-    ("cloudmap", cloudmap::fuzz),
+    ("cloudmap", cloudmap::fuzz::services),
     ("consul", consul::fuzz),
     ("dns_query", dns::fuzz::query),
     ("dns_reply", dns::fuzz::reply),

@@ -1,4 +1,4 @@
-//! The system calls that no safe library offers. The only module of the daemon with `unsafe`.
+//! What no safe library offers: some system calls, and the C library's heap. The only module of the daemon with `unsafe`.
 #![expect(unsafe_code, reason = "raw system calls and shared memory; each block says why it is sound")]
 
 use std::{

@@ -227,32 +227,37 @@ fn packages(all: &[(&str, &str)]) -> anyhow::Result<()> {
 
 /// Python packages of the tests, in an environment of their own.
 fn python() -> anyhow::Result<()> {
-    let dir = tools::root().join("target/python");
-    let done = dir.join("packages");
-    let wanted = PYTHON.join("\n");
-    if fs::read_to_string(&done).is_ok_and(|installed| installed == wanted) {
-        return Ok(());
-    }
-    eprintln!("setup: installing into target/python: {}", PYTHON.join(" "));
-    run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(&dir))?;
-    let mut pip = Command::new(dir.join("bin/pip"));
-    run(pip.args(["install", "--quiet", "--disable-pip-version-check"]).args(PYTHON))?;
-    Ok(fs::write(done, wanted)?)
+    installed("python", &PYTHON, |dir| {
+        run(Command::new("python3").args(["-m", "venv", "--clear"]).arg(dir))?;
+        let mut pip = Command::new(dir.join("bin/pip"));
+        run(pip.args(["install", "--quiet", "--disable-pip-version-check"]).args(PYTHON))
+    })
 }
 
 /// Node packages of the tests, without what they would run at their installation.
 fn node() -> anyhow::Result<()> {
-    let dir = tools::root().join("target/node");
+    installed("node", &NODE, |dir| {
+        let mut npm = Command::new("npm");
+        npm.args(["install", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error", "--prefix"]);
+        run(npm.arg(dir).args(NODE))
+    })
+}
+
+/// Installs packages into a folder below target, unless they are what is there.
+fn installed(
+    name: &str,
+    packages: &[&str],
+    install: impl FnOnce(&Path) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let dir = tools::root().join("target").join(name);
     let done = dir.join("packages");
-    let wanted = NODE.join("\n");
+    let wanted = packages.join("\n");
     if fs::read_to_string(&done).is_ok_and(|installed| installed == wanted) {
         return Ok(());
     }
-    eprintln!("setup: installing into target/node: {}", NODE.join(" "));
+    eprintln!("setup: installing into target/{name}: {}", packages.join(" "));
     fs::create_dir_all(&dir)?;
-    let mut npm = Command::new("npm");
-    npm.args(["install", "--no-audit", "--no-fund", "--ignore-scripts", "--loglevel=error", "--prefix"]);
-    run(npm.arg(&dir).args(NODE))?;
+    install(&dir)?;
     Ok(fs::write(done, wanted)?)
 }
 
