@@ -184,12 +184,16 @@ pub async fn run(path: Option<&Path>, socket: Option<PathBuf>) -> anyhow::Result
 /// Whoever started the daemon may have others wait for it.
 async fn tell_when_ready(view: Arc<View>) {
     const PERIOD: Duration = Duration::from_millis(50);
+    /// By then it is on disk, too, what the registries said.
+    const SETTLED: Duration = Duration::from_secs(2);
     while !view.ready() {
         tokio::time::sleep(PERIOD).await;
     }
     systemd::tell(systemd::READY);
     // All was read, perhaps from more than one place; later there are only changes.
+    tokio::time::sleep(SETTLED).await;
     sys::trim_heap();
+    sys::drop_program_pages();
 }
 
 /// The VIP ranges are made unreachable for what is not translated. That must not take a network

@@ -41,7 +41,7 @@ mod resize;
 mod sockets;
 mod stats;
 
-use pins::{is_complete, remove_file, unpin_maps};
+use pins::{Stamps, is_complete, remove_file, unpin_maps};
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("MESH_BPF_OBJECT"));
 
@@ -107,6 +107,10 @@ pub struct Datapath {
     lock: File,
     /// Held open, so that a program stays attached when its pin is taken away.
     links: BTreeMap<&'static str, Link>,
+    /// The folders as they were at the beginning of the last look at the pins, and as they are while no pin is
+    /// missing.
+    looked: Option<Stamps>,
+    whole: Option<Stamps>,
 }
 
 impl Datapath {
@@ -131,7 +135,8 @@ impl Datapath {
         let mut ebpf = load(options, maps)?;
         load_programs(&mut ebpf)?;
         let maps = Maps::open_in(maps)?;
-        Ok(Self { maps, ebpf, pins, cgroup: options.cgroup.clone(), lock, links: BTreeMap::new() })
+        let (cgroup, links) = (options.cgroup.clone(), BTreeMap::new());
+        Ok(Self { maps, ebpf, pins, cgroup, lock, links, looked: None, whole: None })
     }
 
     /// Whether the programs that run use maps of another layout.
@@ -196,6 +201,25 @@ impl Datapath {
     /// Puts back what somebody took away: the pin folder, pins of maps and links, and programs that
     /// are no longer attached. Returns what it was.
     pub fn mend(&mut self) -> Result<Vec<String>> {
+        let mut mended = self.mend_pins()?;
+        let mut detached = false;
+        for (name, link) in &self.links {
+            let info = link.info().map_err(io_error(format!("cannot look at program {name}")))?;
+            detached |= info.cgroup == 0;
+        }
+        if detached {
+            self.attach()?;
+            mended.push("programs that were not attached any more".into());
+        }
+        Ok(mended)
+    }
+
+    /// Nothing is missing from folders that have not changed.
+    fn mend_pins(&mut self) -> Result<Vec<String>> {
+        let stamps = self.pins.stamps();
+        if stamps.is_some() && stamps == self.whole {
+            return Ok(Vec::new());
+        }
         let mut mended = Vec::new();
         let what = || format!("cannot look at {}", self.pins.dir().display());
         let held = self.lock.metadata().map_err(io_error(what()))?;
@@ -216,21 +240,19 @@ impl Datapath {
                 mended.push(format!("the pin of map {name}"));
             }
         }
-        let mut detached = false;
         for (name, link) in &self.links {
             let pin = self.pins.link(name);
             let cannot = || io_error(format!("cannot pin program {name}"));
-            if link.info().map_err(cannot())?.cgroup == 0 {
-                detached = true;
-            } else if !pin.exists() {
+            // One that is not attached any more is another one soon.
+            if link.info().map_err(cannot())?.cgroup != 0 && !pin.exists() {
                 link.pin(&pin).map_err(cannot())?;
                 mended.push(format!("the pin of program {name}"));
             }
         }
-        if detached {
-            self.attach()?;
-            mended.push("programs that were not attached any more".into());
-        }
+        // A change right after this look may have the same time as the one before: what was the same at the
+        // beginning of two looks was whole at the second.
+        self.whole = stamps.filter(|_| stamps == self.looked && mended.is_empty());
+        self.looked = stamps;
         Ok(mended)
     }
 

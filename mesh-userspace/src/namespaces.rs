@@ -35,8 +35,12 @@ pub use listen::Names;
 const PERIOD: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(5);
 const SHARE: u32 = 1000;
-/// How often all namespaces are looked at, too: a thread may have changed its own.
+/// How often a new thread is looked for: it may be in its cgroup only a moment after it has begun.
+const LOOKS: u32 = 2;
+/// How often all namespaces are looked at, too: a thread may have changed its own. More seldom where no thread
+/// has begun since.
 const FULL_LOOK: Duration = Duration::from_secs(30);
+const LONGEST_FULL: Duration = Duration::from_secs(300);
 
 pub struct Namespaces {
     cgroup: PathBuf,
@@ -49,8 +53,13 @@ pub struct Namespaces {
     /// Threads whose namespaces have been dealt with. A namespace's number may soon be another
     /// one's, so it is no use to remember those.
     tasks: BTreeSet<u32>,
-    /// When all are looked at next.
-    full: Instant,
+    /// When all were looked at last; none if they are to be.
+    full: Option<Instant>,
+    /// The node's newest thread, and the looks that are still due for it.
+    newest: Option<u32>,
+    due: u32,
+    /// The newest one after all namespaces were looked at, for which the daemon starts threads.
+    newest_of_full: Option<u32>,
     warned: BTreeSet<&'static str>,
 }
 
@@ -63,7 +72,10 @@ impl Namespaces {
             names: None,
             mute: names,
             tasks: BTreeSet::new(),
-            full: Instant::now(),
+            full: None,
+            newest: None,
+            due: 0,
+            newest_of_full: None,
             warned: BTreeSet::new(),
         }
     }
@@ -103,7 +115,7 @@ impl Namespaces {
                 // All namespaces once more, to listen there.
                 self.names = self.mute.take();
                 next = Instant::now();
-                self.full = next;
+                self.full = None;
             }
             if names_change {
                 self.look_at_names();
@@ -115,15 +127,26 @@ impl Namespaces {
         }
     }
 
-    /// The namespaces of new threads, and now and then all.
+    /// The namespaces of new threads, if there are any, and now and then all.
     fn look(&mut self) {
         if let Some(names) = &mut self.names {
             let result = names.exclude();
             self.report("cannot let the queries of dns.exclude go where they are sent", result);
         }
-        let full = self.full <= Instant::now();
+        let newest = newest_thread();
+        let since = self.full.map(|last| last.elapsed());
+        let every = if newest.is_some() && newest == self.newest_of_full { LONGEST_FULL } else { FULL_LOOK };
+        let full = since.is_none_or(|since| since >= every);
+        if newest.is_none() || newest != self.newest {
+            self.newest = newest;
+            self.due = LOOKS;
+        }
+        if !full && self.due == 0 {
+            return;
+        }
+        self.due = self.due.saturating_sub(1);
         if full {
-            self.full = Instant::now() + FULL_LOOK;
+            self.full = Some(Instant::now());
             self.tasks.clear();
             let result = routes::refuse(&self.ranges, self.priority);
             self.report("cannot set a route for the VIP ranges", result);
@@ -138,6 +161,7 @@ impl Namespaces {
         self.listen(&namespaces);
         if full {
             self.look_at_names();
+            self.newest_of_full = newest_thread();
         } else if !before.is_subset(&self.tasks) {
             self.leave();
         }
@@ -180,6 +204,12 @@ impl Namespaces {
             tracing::warn!("{what}: {error}");
         }
     }
+}
+
+/// The number of the thread that began last on this node; none where it cannot be seen.
+fn newest_thread() -> Option<u32> {
+    // proc_loadavg(5): its fifth field.
+    std::fs::read_to_string("/proc/loadavg").ok()?.split_whitespace().nth(4)?.parse().ok()
 }
 
 /// What this thread has had of a processor.

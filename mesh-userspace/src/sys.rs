@@ -301,3 +301,31 @@ pub fn trim_heap() {
         libc::malloc_trim(0);
     }
 }
+
+/// Gives back the pages of the program's own file that are mapped: most of what a start needs is not needed again.
+/// What is needed again is mapped again, from the page cache as long as it is there.
+pub fn drop_program_pages() {
+    // SAFETY: the function below fits, and stops at the first object, which is the program.
+    unsafe { libc::dl_iterate_phdr(Some(drop_pages_of), ptr::null_mut()) };
+}
+
+unsafe extern "C" fn drop_pages_of(
+    object: *mut libc::dl_phdr_info,
+    _: libc::size_t,
+    _: *mut libc::c_void,
+) -> libc::c_int {
+    // SAFETY: the loader passes an object and the list of its segments.
+    let (object, segments) = unsafe {
+        (&*object, std::slice::from_raw_parts((*object).dlpi_phdr, usize::from((*object).dlpi_phnum)))
+    };
+    // SAFETY: a plain call.
+    let Ok(page) = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }) else { return 1 };
+    for segment in segments.iter().filter(|s| s.p_type == libc::PT_LOAD && s.p_flags & libc::PF_W == 0) {
+        #[expect(clippy::cast_possible_truncation, reason = "addresses of this process")]
+        let (start, size) = ((object.dlpi_addr + segment.p_vaddr) as usize, segment.p_memsz as usize);
+        let before = start % page;
+        // SAFETY: nobody has ever written to the segment, so each page is read again from the file.
+        unsafe { libc::madvise((start - before) as *mut libc::c_void, size + before, libc::MADV_DONTNEED) };
+    }
+    1
+}

@@ -180,7 +180,7 @@ impl Effort {
         let (batches, changes, failovers, starts, idle) = match mode {
             Mode::Quick => (2, 5, 1, 2, 1),
             Mode::Usual => (10, 50, 1, 5, 3),
-            Mode::Full => (50, 100, 5, 15, 20),
+            Mode::Full => (25, 100, 5, 15, 20),
         };
         Self {
             mode,
@@ -213,7 +213,7 @@ impl Effort {
         match self.mode {
             Mode::Quick => vec![(Topology::Namespaces, 2)],
             Mode::Usual => vec![(Topology::Namespaces, 4), (Topology::Loopback, 1)],
-            Mode::Full => vec![(Topology::Namespaces, 20), (Topology::Pinned, 10), (Topology::Loopback, 10)],
+            Mode::Full => vec![(Topology::Namespaces, 10), (Topology::Pinned, 3), (Topology::Loopback, 3)],
         }
     }
 }

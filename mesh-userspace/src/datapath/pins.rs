@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File, TryLockError},
     io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -14,6 +15,9 @@ use crate::sys::{Link, LinkInfo};
 
 /// What the name of a folder of maps begins with; the version of their layout follows.
 const LAYOUT: &str = "abi-";
+
+/// Of each folder its device, its inode, and when it changed last.
+pub(super) type Stamps = [(u64, u64, i64, i64); 3];
 
 /// The places below the pin folder.
 #[derive(Clone, Debug)]
@@ -97,6 +101,14 @@ impl Pins {
             Err(TryLockError::WouldBlock) => Err(Error::Locked(self.0.clone())),
             Err(TryLockError::Error(error)) => Err(io_error(what())(error)),
         }
+    }
+
+    /// Which folders they are, and when something was last put in or taken away; none if one is missing.
+    pub(super) fn stamps(&self) -> Option<Stamps> {
+        let stamp = |dir: &Path| {
+            fs::metadata(dir).ok().map(|dir| (dir.dev(), dir.ino(), dir.mtime(), dir.mtime_nsec()))
+        };
+        Some([stamp(&self.0)?, stamp(&self.maps())?, stamp(&self.links())?])
     }
 
     /// What the kernel says of a program's link; `None` where it is not attached.

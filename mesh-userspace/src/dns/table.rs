@@ -150,6 +150,11 @@ impl Table {
             table.serve(service, &vips, &entry.service);
             aliases.extend(entry.service.aliases.iter().map(|alias| (service, &*id.namespace, &**alias)));
         }
+        for service in &mut table.services {
+            // Most have one of each.
+            service.vips.shrink_to_fit();
+            service.ports.shrink_to_fit();
+        }
         for (service, namespace, alias) in &aliases {
             if table.services[*service].name.is_some() {
                 table.claim(&format!("{alias}.{namespace}"), *service);

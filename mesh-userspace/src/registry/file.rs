@@ -52,13 +52,17 @@ pub async fn run(mut source: Source, publisher: Publisher, mut reload: Receiver<
         if watcher.as_ref().map(|(_, inode)| *inode) != inode {
             watcher = inode.and_then(|inode| Some((watch::folder(&dir, only, changes.clone())?, inode)));
         }
-        let read = tokio::task::spawn_blocking(move || {
-            let news = source.read(&which);
-            (source, news)
-        });
-        let news;
-        (source, news) = read.await.expect("reading files does not panic");
-        publisher.publish(news.snapshot.map(Arc::new), news.error.map(|error| error.to_string()));
+        if matches!(which, Which::Settled) && source.is_settled() {
+            publisher.heard();
+        } else {
+            let read = tokio::task::spawn_blocking(move || {
+                let news = source.read(&which);
+                (source, news)
+            });
+            let news;
+            (source, news) = read.await.expect("reading files does not panic");
+            publisher.publish(news.snapshot.map(Arc::new), news.error.map(|error| error.to_string()));
+        }
         which = tokio::select! {
             _ = poll.tick() => Which::Settled,
             names = changes.wait() => Which::Named(names),
@@ -175,7 +179,8 @@ impl Source {
             };
             entry.seen = signature;
             if due {
-                entry.read(&path, &self.rules, self.kept.is_some());
+                let known = [self.published.as_ref(), self.kept.as_deref()];
+                entry.read(&path, &self.rules, known, self.kept.is_some());
                 entry.read = signature;
                 changed = true;
             }
@@ -186,11 +191,21 @@ impl Source {
             return self.lost(error);
         }
         changed |= self.lost.take().is_some();
-        // A look that finds nothing new, once a second, must cost next to nothing.
         if changed || self.published.is_none() {
             return self.merge();
         }
         News { snapshot: None, error: self.error.clone() }
+    }
+
+    /// Whether all is as it was read. A look that finds nothing new, once a second, must cost next to nothing.
+    fn is_settled(&self) -> bool {
+        let as_read = |(path, entry): (&PathBuf, &Entry)| {
+            entry.gone.is_none() && entry.read.is_some() && entry.read == Signature::of(path).ok()
+        };
+        self.published.is_some()
+            && self.lost.is_none()
+            && list(&self.path).is_ok_and(|paths| paths.iter().eq(self.files.keys()))
+            && self.files.iter().all(as_read)
     }
 
     /// Whether a file is away and still counts.
@@ -249,14 +264,22 @@ impl Source {
 }
 
 impl Entry {
-    /// Takes what the file says. An empty file is taken for an accident where `keep` says that
-    /// there was something, or where it is known here.
-    fn read(&mut self, path: &Path, rules: &Rules, keep: bool) {
+    /// Takes what the file says; services that are as they are known stay the same ones. An empty file is taken
+    /// for an accident where `keep` says that there was something, or where it is known here.
+    fn read(&mut self, path: &Path, rules: &Rules, known: [Option<&Snapshot>; 2], keep: bool) {
         let parsed = read_limited(path).and_then(|text| format::parse(path, &text, rules));
         self.error = None;
         match parsed {
             Ok(Some(services)) => {
-                self.services = Some(services.into_iter().map(Arc::new).collect());
+                let same = |service: &Service| {
+                    let known = known.iter().flatten().flat_map(|known| [&known.services, &known.kept]);
+                    known.filter_map(|all| all.get(&service.id)).find(|known| ***known == *service).cloned()
+                };
+                let services = services.into_iter().map(|new| same(&new).unwrap_or_else(|| Arc::new(new)));
+                let mut services: Vec<_> = services.collect();
+                // They are where the parsed ones were, which are larger.
+                services.shrink_to_fit();
+                self.services = Some(services);
                 self.complete = true;
             }
             Ok(None) if !keep && self.services.as_ref().is_none_or(Vec::is_empty) => {

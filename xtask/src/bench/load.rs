@@ -433,7 +433,9 @@ struct Client {
 impl Client {
     fn start(running: &Running, short: &Short) -> anyhow::Result<Self> {
         let mut client = running.site.client.part(short.part)?;
-        client.args([running.arm.targets(short.service)[0].to_string(), short.count.to_string()]);
+        let targets = running.arm.targets(short.service);
+        let targets = &targets[..if short.still { 1 } else { targets.len() }];
+        client.arg(short.count.to_string()).args(targets.iter().map(ToString::to_string));
         let mut child = client.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let lines = BufReader::new(child.stdout.take().context("a pipe")?).lines();
         let mut client = Self { stdin: child.stdin.take(), child, lines };
@@ -478,7 +480,8 @@ fn wrk(running: &Running, length: Duration, more: &[&str]) -> anyhow::Result<Tak
 
 fn connects(running: &Running, length: Duration) -> anyhow::Result<Taken> {
     let mut client = running.site.client.part("connects")?;
-    client.arg(running.arm.targets(Service::Greet)[0].to_string()).arg(length.as_secs_f64().to_string());
+    let targets = running.arm.targets(Service::Greet);
+    client.arg(length.as_secs_f64().to_string()).args(targets.iter().map(ToString::to_string));
     let said = output(&mut client)?;
     let (count, seconds) = said.trim().split_once(' ').context("two numbers")?;
     let (count, seconds) = (count.parse::<f64>()?, seconds.parse::<f64>()?);

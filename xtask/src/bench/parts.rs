@@ -42,15 +42,15 @@ enum Part {
         #[arg(long)]
         greeting: bool,
     },
-    /// Connects, reads the greeting and resets, one after the other. Prints how many connections it
-    /// made and how many seconds that took.
-    Connects { address: SocketAddr, seconds: f64 },
+    /// Connects, reads the greeting and resets, one after the other, to the addresses in turn. Prints how many
+    /// connections it made and how many seconds that took.
+    Connects { seconds: f64, addresses: Vec<SocketAddr> },
     /// Connects, and for each line of its input makes so many requests on that connection. Prints their
     /// latencies in nanoseconds: mean, p50, p99.
-    Steady { address: SocketAddr, requests: u32 },
-    /// For each line of its input so many connects one after the other, each to the greeting. Prints the
-    /// same of them.
-    Dials { address: SocketAddr, connects: u32 },
+    Steady { requests: u32, address: SocketAddr },
+    /// For each line of its input so many connects one after the other, each to the greeting, to the addresses
+    /// in turn. Prints the same of them.
+    Dials { connects: u32, addresses: Vec<SocketAddr> },
     /// Requests at a fixed rate, to the addresses in turn. Prints a line for each: when it was due
     /// and how long it took, in microseconds, and what went wrong.
     Requests {
@@ -68,9 +68,9 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     match &args.part {
         Part::Greet { addresses } => greet(addresses),
         Part::Call { address, http, greeting } => call(*address, *http, *greeting),
-        Part::Connects { address, seconds } => connects(*address, Duration::from_secs_f64(*seconds)),
-        Part::Steady { address, requests } => steady(*address, *requests),
-        Part::Dials { address, connects } => dials(*address, *connects),
+        Part::Connects { seconds, addresses } => connects(addresses, Duration::from_secs_f64(*seconds)),
+        Part::Steady { requests, address } => steady(*address, *requests),
+        Part::Dials { connects, addresses } => dials(addresses, *connects),
         Part::Requests { addresses, rate, seconds, keep_alive } => {
             requests(addresses, *rate, *seconds, *keep_alive)
         }
@@ -113,10 +113,10 @@ fn call(address: SocketAddr, http: bool, greeting: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn connects(address: SocketAddr, time: Duration) -> anyhow::Result<()> {
+fn connects(addresses: &[SocketAddr], time: Duration) -> anyhow::Result<()> {
     let (start, mut count) = (Instant::now(), 0_u64);
-    while start.elapsed() < time {
-        dial(address)?;
+    for address in addresses.iter().cycle().take_while(|_| start.elapsed() < time) {
+        dial(*address)?;
         count += 1;
     }
     println!("{count} {}", start.elapsed().as_secs_f64());
@@ -135,8 +135,9 @@ fn steady(address: SocketAddr, requests: u32) -> anyhow::Result<()> {
     slices(requests, || request(&mut stream, true))
 }
 
-fn dials(address: SocketAddr, connects: u32) -> anyhow::Result<()> {
-    slices(connects, || dial(address))
+fn dials(addresses: &[SocketAddr], connects: u32) -> anyhow::Result<()> {
+    let mut next = addresses.iter().cycle();
+    slices(connects, || dial(*next.next().context("no address to dial")?))
 }
 
 /// A slice for each line of the input, and its figures in nanoseconds. What ran before it has cooled the

@@ -64,7 +64,7 @@ pub(super) const KINDS: [Kind; 9] = [
         alone: false,
         services: &Service::ALL,
         start: |site| Ok(Box::new(Direct(site.backends.clone()))),
-        about: "the client dials a server; for failover, all of them in turn, as DNS round robin would have it",
+        about: "the client dials a server; for connects and failover, all of them in turn, as DNS round robin would have it",
     },
     Kind { name: "mesh", alone: false, services: &Service::ALL, start: Mesh::start, about: "" },
     Kind {

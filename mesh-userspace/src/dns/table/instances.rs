@@ -14,9 +14,9 @@ const MOST: usize = 8;
 #[derive(Debug, Default)]
 pub(super) struct Instances {
     /// Those of each port, in the ports' order.
-    pub(super) targets: Vec<Vec<Target>>,
+    pub(super) targets: Box<[Box<[Target]>]>,
     /// Where they are, in order: IPv4 comes first.
-    pub(super) addresses: Vec<IpAddr>,
+    pub(super) addresses: Box<[IpAddr]>,
 }
 
 impl Instances {
@@ -25,11 +25,11 @@ impl Instances {
         let target =
             |one: &Instance| Target { address: one.address, port: one.port.get(), weight: one.weight };
         let targets = ports.map(|service| service.into_iter().flat_map(selectable).map(target).collect());
-        let targets: Vec<Vec<_>> = targets.collect();
+        let targets: Box<[Box<[_]>]> = targets.collect();
         let mut addresses: Vec<_> = targets.iter().flatten().map(|target| target.address).collect();
         addresses.sort_unstable();
         addresses.dedup();
-        Self { targets, addresses }
+        Self { targets, addresses: addresses.into() }
     }
 
     /// Some of each family.

@@ -395,3 +395,20 @@ fn a_look_that_finds_nothing_new_still_tells_what_is_wrong() {
     let again = source.read(&Which::Settled);
     assert_eq!((again.snapshot, again.error), (None, told));
 }
+
+#[test]
+fn a_service_that_has_not_changed_is_the_same_one() {
+    let dir = TempDir::new().unwrap();
+    let another = GOOD.replace("\"a\"", "\"b\"").replace("a-1", "b-1");
+    let mut source = source(&dir, "s.toml", &(GOOD.to_owned() + &another));
+    let first = source.read(&Which::All).snapshot.unwrap();
+    fs::write(&source.path, GOOD.to_owned() + &another.replace("80\n", "81\n")).unwrap();
+    let second = source.read(&Which::All).snapshot.unwrap();
+    let same: Vec<_> =
+        first.services.values().zip(second.services.values()).map(|(a, b)| Arc::ptr_eq(a, b)).collect();
+    assert_eq!(same, [true, false]);
+    // And for the next run, which knows what is kept.
+    let mut next = Source::new(source.path.clone(), rules::for_tests(), Some(Arc::new(second.clone())));
+    let third = next.read(&Which::All).snapshot.unwrap();
+    assert!(second.services.values().zip(third.services.values()).all(|(a, b)| Arc::ptr_eq(a, b)));
+}
