@@ -93,12 +93,7 @@ impl Part {
     fn measure(self, effort: &Effort) -> anyhow::Result<Vec<Value>> {
         let batches = effort.batches;
         match self {
-            Self::Connect => {
-                let mut bench = arms::Bench::start()?;
-                let mut rows = connect::measure(&mut bench, batches)?;
-                rows.extend(connect::hook_times(&mut bench, batches)?);
-                Ok(rows)
-            }
+            Self::Connect => connect::measure(batches),
             Self::Load => load::measure(effort),
             Self::Failover => failover::measure(effort),
             Self::Memory => memory::measure(effort),

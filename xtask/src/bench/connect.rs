@@ -22,7 +22,7 @@ use rustix::net::{
 use serde_json::{Value, json};
 
 use super::{
-    arms::{ARMS, Arm, Bench, Hooks, PORT, Sinks, VIP, VIP6},
+    arms::{ARMS, Arm, Bench, PORT, Sinks, VIP, VIP6},
     stats::{confidence, median},
 };
 use crate::{
@@ -90,21 +90,47 @@ pub(crate) struct ClientArgs {
     addresses: Vec<SocketAddr>,
 }
 
-/// Nanoseconds per call of every arm, and their ratios to `direct` of the same round.
-pub(super) fn measure(bench: &mut Bench, batches: usize) -> anyhow::Result<Vec<Value>> {
-    let mut rows = Vec::new();
-    for (kind, measure) in Kind::ALL {
-        let mut slices: Vec<[Vec<f64>; 2]> = ARMS.iter().map(|_| [Vec::new(), Vec::new()]).collect();
-        for _ in 0..batches {
-            for round in run_clients(bench, kind, &ARMS.each_ref())? {
-                for (arm, ns) in slices.iter_mut().zip(round) {
-                    arm.iter_mut().zip(ns).for_each(|(values, ns)| values.push(ns));
+/// The daemon and its maps are made anew so often: what a connect costs differs from one start to the next.
+const STARTS: usize = 5;
+
+/// What is measured of a kind of socket.
+#[derive(Clone, Default)]
+struct Taken {
+    /// Of each arm and slice, nanoseconds per call and per close.
+    slices: Vec<[Vec<f64>; 2]>,
+    /// Nanoseconds that all hooks of a socket's life run together, beyond what empty ones take.
+    hooks: [Vec<f64>; 2],
+}
+
+/// The arms whose hooks are timed: one of each, as sockets that mesh leaves alone run its programs too.
+const TIMED: [&str; 2] = ["mesh", "without-bookkeeping"];
+
+/// Nanoseconds per call of every arm, and their ratios to `direct` of the same round; and those of the hooks, by
+/// the kernel's own statistics. It looks at its clock in every run, so a callback that only mesh has costs more
+/// there than it does otherwise.
+pub(super) fn measure(batches: usize) -> anyhow::Result<Vec<Value>> {
+    let mut all =
+        Kind::ALL.map(|_| Taken { slices: vec![Default::default(); ARMS.len()], ..Taken::default() });
+    let starts = STARTS.min(batches);
+    for _ in 0..starts {
+        let mut bench = Bench::start()?;
+        for ((kind, _), taken) in Kind::ALL.into_iter().zip(&mut all) {
+            for _ in 0..batches / starts {
+                for round in run_clients(&bench, kind, &ARMS.each_ref())? {
+                    for (arm, ns) in taken.slices.iter_mut().zip(round) {
+                        arm.iter_mut().zip(ns).for_each(|(values, ns)| values.push(ns));
+                    }
                 }
+                let times = hook_times(&mut bench, kind)?;
+                taken.hooks.iter_mut().zip(times).for_each(|(values, ns)| values.push(ns));
             }
         }
+    }
+    let mut rows = Vec::new();
+    for ((_, measure), taken) in Kind::ALL.into_iter().zip(&all) {
         for (end, what) in [measure.to_owned(), format!("{measure}: close")].iter().enumerate() {
-            for (arm, values) in ARMS.iter().zip(&slices) {
-                let pairs = values[end].iter().zip(&slices[0][end]);
+            for (arm, values) in ARMS.iter().zip(&taken.slices) {
+                let pairs = values[end].iter().zip(&taken.slices[0][end]);
                 let ratios: Vec<f64> = pairs.map(|(value, direct)| value / direct).collect();
                 let (low, high) = confidence(&ratios);
                 rows.push(json!({
@@ -115,29 +141,8 @@ pub(super) fn measure(bench: &mut Bench, batches: usize) -> anyhow::Result<Vec<V
             }
         }
     }
-    Ok(rows)
-}
-
-/// Nanoseconds that all hooks of a socket's life run together, by the kernel's own statistics,
-/// beyond what empty ones take. It looks at its clock in every run, so a callback that only mesh
-/// has costs more here than it does otherwise.
-pub(super) fn hook_times(bench: &mut Bench, batches: usize) -> anyhow::Result<Vec<Value>> {
-    let _statistics = Statistics::on()?;
-    // One arm of each: sockets that mesh leaves alone run its programs too.
-    let arms: Vec<_> =
-        ARMS.iter().filter(|arm| arm.hooks != Hooks::None && arm.name != "hooked-untouched").collect();
-    let sockets = ((ROUNDS + 1) * SLICE) as f64;
-    let mut rows = Vec::new();
-    for (kind, measure) in Kind::ALL {
-        let (mut mesh, mut plain) = (Vec::new(), Vec::new());
-        for _ in 0..batches {
-            let before = bench.run_ns()?;
-            run_clients(bench, kind, &arms)?;
-            let after = bench.run_ns()?;
-            mesh.push((after.mesh - before.mesh - (after.empty - before.empty)) / sockets);
-            plain.push((after.plain - before.plain - (after.empty - before.empty)) / sockets);
-        }
-        for (arm, values) in [("mesh", mesh), ("without-bookkeeping", plain)] {
+    for ((_, measure), taken) in Kind::ALL.into_iter().zip(all) {
+        for (arm, values) in TIMED.into_iter().zip(taken.hooks) {
             rows.push(json!({
                 "measure": format!("hooks of {}", measure.trim_start_matches("connect ")), "topology": "loopback",
                 "arm": arm, "value": median(values), "unit": "ns", "vs_direct": null,
@@ -145,6 +150,18 @@ pub(super) fn hook_times(bench: &mut Bench, batches: usize) -> anyhow::Result<Ve
         }
     }
     Ok(rows)
+}
+
+fn hook_times(bench: &mut Bench, kind: Kind) -> anyhow::Result<[f64; 2]> {
+    let _statistics = Statistics::on()?;
+    let arms: Vec<_> =
+        ARMS.iter().filter(|arm| arm.name == "empty-hooks" || TIMED.contains(&arm.name)).collect();
+    let sockets = ((ROUNDS + 1) * SLICE) as f64;
+    let before = bench.run_ns()?;
+    run_clients(bench, kind, &arms)?;
+    let after = bench.run_ns()?;
+    let empty = after.empty - before.empty;
+    Ok([after.mesh - before.mesh, after.plain - before.plain].map(|ns| (ns - empty) / sockets))
 }
 
 /// For each round and arm, nanoseconds per call and per close.

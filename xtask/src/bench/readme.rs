@@ -40,11 +40,17 @@ fn block(name: &str, report: &Value) -> anyhow::Result<String> {
         "meta" => {
             let meta = &report["meta"];
             let word = |key: &str| meta[key].as_str().unwrap_or_default();
-            format!("{} CPUs, Linux {}. Measured: {}.", meta["cpus"], word("kernel"), super::commits(meta))
+            let (mode, kernel) = (word("mode"), word("kernel"));
+            format!(
+                "A {mode} run; {} CPUs, Linux {kernel}. Measured: {}.",
+                meta["cpus"],
+                super::commits(meta)
+            )
         }
         "connect" => connect(rows),
         "hooks" => hooks(rows),
         "arms" => report::summary(rows),
+        "missed" => report::missed(rows),
         "memory" => report::memory_summary(rows),
         "policies" => policies(rows),
         "names" => names::markdown(rows),

@@ -111,14 +111,7 @@ fn all_goals() -> Vec<Goal> {
     let all = "HTTP keep-alive";
     let each = "HTTP, a connection for each request";
     vec![
-        goal(
-            "keep-alive, p50, relative to direct",
-            &format!("{one}: p50"),
-            "mesh",
-            Of::VsDirect,
-            true,
-            1.002,
-        ),
+        goal(STEADY, &format!("{one}: p50"), "mesh", Of::VsDirect, true, 1.002),
         goal("keep-alive, p99, relative to direct", &format!("{one}: p99"), "mesh", Of::VsDirect, true, 1.01),
         goal(
             "keep-alive, requests/s, relative to direct",
@@ -220,6 +213,8 @@ const EACH: &str = "a connection for each request, relative to the Envoy pair";
 const PSS: &str = "PSS of the daemon, 100 tasks, 1,000 services, 10,000 backends, MiB";
 const MAPS: &str = "its maps, MiB";
 const IDLE: &str = "idle CPU, ms/s";
+const STEADY: &str = "keep-alive, p50, relative to direct";
+const FURTHER: &str = "memory of a further task, KiB";
 const ADDED: &str = "ns added to `connect()`";
 
 /// Why a goal is missed, where that is known.
@@ -265,56 +260,94 @@ fn cause(what: &str, rows: &[Value]) -> Option<String> {
         ),
         IDLE => "once a second pins, programs, files and new tasks are looked for, as nobody tells when they change."
             .into(),
+        STEADY => "no program of mesh runs meanwhile. The interval is that of one set-up: that namespaces differ from one \
+                   another it does not cover."
+            .into(),
+        FURTHER => "the daemon listens for names in its namespace, over UDP and TCP.".into(),
         _ => return None,
     })
 }
 
+/// A goal, and what has come of it.
+struct Line {
+    what: &'static str,
+    goal: String,
+    here: String,
+    /// What direct again has.
+    again: Option<String>,
+    verdict: Verdict,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Verdict {
+    Met,
+    Missed,
+    Undecided,
+}
+
 fn goals(rows: &[Value]) -> String {
-    let mut text = String::new();
-    let mut missed = Vec::new();
+    let lines = goal_lines(rows);
+    if lines.is_empty() {
+        return String::new();
+    }
+    let line = |line: &Line| {
+        let verdict = match line.verdict {
+            Verdict::Met => "met",
+            Verdict::Missed => "**missed**",
+            Verdict::Undecided => "not decided",
+        };
+        let again = line.again.as_deref().unwrap_or("-");
+        format!("| {} | {} | {} | {again} | {verdict} |\n", line.what, line.goal, line.here)
+    };
+    let table: String = lines.iter().map(line).collect();
+    format!(
+        "## Goals\n\nIn brackets: 95 % intervals. *Not decided*: the interval has the goal in it. Direct again is \
+         what noise does to the same figure.\n\n| what | goal | here | direct again | |\n|---|---|---|---|---|\n\
+         {table}\n{}\n",
+        missed(rows)
+    )
+}
+
+/// What misses its goal, and why, where that is known.
+pub(super) fn missed(rows: &[Value]) -> String {
+    let missed = goal_lines(rows).into_iter().filter(|line| line.verdict == Verdict::Missed);
+    let line = |Line { what, goal, here, .. }: Line| {
+        let cause = cause(what, rows).map_or_else(String::new, |cause| format!(": {cause}"));
+        format!("- *{what}*: {here} (goal {goal}){cause}\n")
+    };
+    let missed: String = missed.map(line).collect();
+    if missed.is_empty() { missed } else { format!("What misses its goal, and why:\n\n{missed}") }
+}
+
+fn goal_lines(rows: &[Value]) -> Vec<Line> {
+    let mut lines = Vec::new();
     for goal in all_goals() {
         let row = find(rows, &goal.measure, goal.topology, goal.arm);
         let Some((value, low, high)) = row.and_then(|row| value(row, &goal.of)) else { continue };
         let good = |value: f64| if goal.at_most { value <= goal.goal } else { value >= goal.goal };
         let verdict = match (good(low), good(high)) {
-            (true, true) => "met",
-            (false, false) => {
-                missed.push(goal.what);
-                "**missed**"
-            }
-            _ => "not decided",
+            (true, true) => Verdict::Met,
+            (false, false) => Verdict::Missed,
+            _ => Verdict::Undecided,
         };
         let again = find(rows, &goal.measure, goal.topology, "direct-again");
         let again = again.filter(|_| !matches!(goal.of, Of::Value | Of::MeshVs | Of::VsOne));
-        let again = again.and_then(|row| self::value(row, &goal.of)).map_or_else(|| "-".into(), interval);
-        let shown = if low.total_cmp(&high).is_eq() { rounded(value) } else { interval((value, low, high)) };
+        let again = again.and_then(|row| self::value(row, &goal.of)).map(interval);
+        let here = if low.total_cmp(&high).is_eq() { rounded(value) } else { interval((value, low, high)) };
         let sign = if goal.at_most { "≤" } else { "≥" };
-        text += &format!("| {} | {sign} {} | {shown} | {again} | {verdict} |\n", goal.what, goal.goal);
+        lines.push(Line { what: goal.what, goal: format!("{sign} {}", goal.goal), here, again, verdict });
     }
-    text += &derived_goals(rows, &mut missed);
-    if text.is_empty() {
-        return text;
-    }
-    let head = "## Goals\n\nIn brackets: 95 % intervals. *Not decided*: the interval has the goal in it. Direct \
-                again is what noise does to the same figure.\n\n| what | goal | here | direct again | |\n|---|---|---|---|---|\n";
-    let causes = missed.iter().filter_map(|what| Some(format!("- *{what}*: {}\n", cause(what, rows)?)));
-    let causes: String = causes.collect();
-    if !causes.is_empty() {
-        text += &format!("\nWhy goals are missed, where that is known:\n\n{causes}");
-    }
-    format!("{head}{text}\n")
+    lines.extend(derived_goals(rows));
+    lines
 }
 
 /// Goals about several rows.
-fn derived_goals(rows: &[Value], missed: &mut Vec<&str>) -> String {
-    let mut text = String::new();
+fn derived_goals(rows: &[Value]) -> Vec<Line> {
+    let mut lines = Vec::new();
     let mut add = |what: &'static str, goal: &str, value: Option<f64>, met: fn(f64) -> bool| {
         if let Some(value) = value {
-            let verdict = if met(value) { "met" } else { "**missed**" };
-            if !met(value) {
-                missed.push(what);
-            }
-            text += &format!("| {what} | {goal} | {} | - | {verdict} |\n", rounded(value));
+            let verdict = if met(value) { Verdict::Met } else { Verdict::Missed };
+            lines.push(Line { what, goal: goal.into(), here: rounded(value), again: None, verdict });
         }
     };
     let number =
@@ -325,9 +358,10 @@ fn derived_goals(rows: &[Value], missed: &mut Vec<&str>) -> String {
     let pss = |tasks: usize, arm: &str, what: &str| {
         number(&format!("{}1000 services x 10: {what}", memory::PREFIX), &format!("{tasks} tasks"), arm)
     };
-    let further = pss(1, "mesh", "PSS").zip(pss(100, "mesh", "PSS"));
+    let data = "PSS without files";
+    let further = pss(1, "mesh", data).zip(pss(100, "mesh", data));
     let further = further.map(|(one, all)| (all - one).max(0.0) / 99.0 * 1024.0);
-    add("memory of a further task, KiB", "≤ 1", further, |kib| kib <= 1.0);
+    add(FURTHER, "≤ 1", further, |kib| kib <= 1.0);
     let both = memory::BOTH;
     let most =
         memory::TASKS.iter().rev().find_map(|tasks| Some((*tasks, pss(*tasks, "envoy-pair-http", both)?)));
@@ -340,7 +374,7 @@ fn derived_goals(rows: &[Value], missed: &mut Vec<&str>) -> String {
         };
         add(what, "≥ 50", Some(envoys / tasks as f64 * 100.0 / mesh), |times| times >= 50.0);
     }
-    text
+    lines
 }
 
 /// With its interval, which may be that value alone.
