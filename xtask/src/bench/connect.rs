@@ -130,13 +130,16 @@ pub(super) fn measure(batches: usize) -> anyhow::Result<Vec<Value>> {
     for ((_, measure), taken) in Kind::ALL.into_iter().zip(&all) {
         for (end, what) in [measure.to_owned(), format!("{measure}: close")].iter().enumerate() {
             for (arm, values) in ARMS.iter().zip(&taken.slices) {
-                let pairs = values[end].iter().zip(&taken.slices[0][end]);
-                let ratios: Vec<f64> = pairs.map(|(value, direct)| value / direct).collect();
-                let (low, high) = confidence(&ratios);
+                let compare = |by: fn((&f64, &f64)) -> f64| {
+                    let compared: Vec<f64> = values[end].iter().zip(&taken.slices[0][end]).map(by).collect();
+                    let (low, high) = confidence(&compared);
+                    json!({"ratio": median(compared), "low": low, "high": high})
+                };
                 rows.push(json!({
                     "measure": what, "topology": "loopback", "arm": arm.name,
                     "value": median(values[end].clone()), "unit": "ns",
-                    "vs_direct": {"ratio": median(ratios), "low": low, "high": high},
+                    "vs_direct": compare(|(value, direct)| value / direct),
+                    "over_direct": compare(|(value, direct)| value - direct),
                 }));
             }
         }
