@@ -18,7 +18,15 @@ const MODULES: [&str; 8] =
     ["virtio_pci", "virtiofs", "overlay", "veth", "bridge", "tcp_diag", "udp_diag", "mptcp_diag"];
 
 /// Tests of the datapath. What is about the rest of the daemon does not depend on the kernel.
-const TESTS: [&str; 6] = ["connect::", "datagram::", "eject::", "left::", "policy::every_socket", "routes::"];
+const TESTS: [&str; 7] = [
+    "connect::",
+    "datagram::",
+    "eject::",
+    "left::",
+    "policy::every_socket",
+    "routes::",
+    "watchdog::pins_that_are_taken_away",
+];
 
 /// These race with short times, which emulation cannot keep.
 const NOT_EMULATED: [&str; 4] = [

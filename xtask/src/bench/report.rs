@@ -312,7 +312,7 @@ fn goals(rows: &[Value]) -> String {
     format!(
         "## Goals\n\nIn brackets: 95 % intervals. *Not decided*: the interval has the goal in it. Direct again is \
          what noise does to the same figure.\n\n| what | goal | here | direct again | |\n|---|---|---|---|---|\n\
-         {table}\n{}\n",
+         {table}\n{}",
         missed(rows)
     )
 }
@@ -325,7 +325,7 @@ pub(super) fn missed(rows: &[Value]) -> String {
         format!("- *{what}*: {here} (goal {goal}){cause}\n")
     };
     let missed: String = missed.map(line).collect();
-    if missed.is_empty() { missed } else { format!("What misses its goal, and why:\n\n{missed}") }
+    if missed.is_empty() { missed } else { format!("What misses its goal, and why:\n\n{missed}\n") }
 }
 
 fn goal_lines(rows: &[Value]) -> Vec<Line> {
@@ -601,7 +601,9 @@ mod tests {
         assert!(judged(1.0, 0.99, 1.001).ends_with("| met |\n\n"));
         assert!(judged(1.001, 0.99, 1.01).ends_with("| not decided |\n\n"));
         assert!(judged(1.01, 1.0, 1.02).ends_with("| not decided |\n\n"));
-        assert!(judged(1.1, 1.05, 1.2).ends_with("| **missed** |\n\n"));
+        let missed = "| **missed** |\n\nWhat misses its goal, and why:\n\n\
+                      - *TCP round trips, p50, relative to direct*: 1.100 (1.050 to 1.200) (goal ≤ 1.002)\n\n";
+        assert!(judged(1.1, 1.05, 1.2).ends_with(missed));
         assert_eq!(goals(&[]), "");
     }
 
