@@ -35,12 +35,8 @@ pub use listen::Names;
 const PERIOD: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(5);
 const SHARE: u32 = 1000;
-/// How often a new thread is looked for: it may be in its cgroup only a moment after it has begun.
-const LOOKS: u32 = 2;
-/// How often all namespaces are looked at, too: a thread may have changed its own. More seldom where no thread
-/// has begun since.
+/// How often all namespaces are looked at, too: a thread may have changed its own.
 const FULL_LOOK: Duration = Duration::from_secs(30);
-const LONGEST_FULL: Duration = Duration::from_secs(300);
 
 pub struct Namespaces {
     cgroup: PathBuf,
@@ -53,13 +49,8 @@ pub struct Namespaces {
     /// Threads whose namespaces have been dealt with. A namespace's number may soon be another
     /// one's, so it is no use to remember those.
     tasks: BTreeSet<u32>,
-    /// When all were looked at last; none if they are to be.
-    full: Option<Instant>,
-    /// The node's newest thread, and the looks that are still due for it.
-    newest: Option<u32>,
-    due: u32,
-    /// The newest one after all namespaces were looked at, for which the daemon starts threads.
-    newest_of_full: Option<u32>,
+    /// When all are looked at next.
+    full: Instant,
     warned: BTreeSet<&'static str>,
 }
 
@@ -72,10 +63,7 @@ impl Namespaces {
             names: None,
             mute: names,
             tasks: BTreeSet::new(),
-            full: None,
-            newest: None,
-            due: 0,
-            newest_of_full: None,
+            full: Instant::now(),
             warned: BTreeSet::new(),
         }
     }
@@ -115,7 +103,7 @@ impl Namespaces {
                 // All namespaces once more, to listen there.
                 self.names = self.mute.take();
                 next = Instant::now();
-                self.full = None;
+                self.full = next;
             }
             if names_change {
                 self.look_at_names();
@@ -127,26 +115,15 @@ impl Namespaces {
         }
     }
 
-    /// The namespaces of new threads, if there are any, and now and then all.
+    /// The namespaces of new threads, and now and then all.
     fn look(&mut self) {
         if let Some(names) = &mut self.names {
             let result = names.exclude();
             self.report("cannot let the queries of dns.exclude go where they are sent", result);
         }
-        let newest = newest_thread();
-        let since = self.full.map(|last| last.elapsed());
-        let every = if newest.is_some() && newest == self.newest_of_full { LONGEST_FULL } else { FULL_LOOK };
-        let full = since.is_none_or(|since| since >= every);
-        if newest.is_none() || newest != self.newest {
-            self.newest = newest;
-            self.due = LOOKS;
-        }
-        if !full && self.due == 0 {
-            return;
-        }
-        self.due = self.due.saturating_sub(1);
+        let full = self.full <= Instant::now();
         if full {
-            self.full = Some(Instant::now());
+            self.full = Instant::now() + FULL_LOOK;
             self.tasks.clear();
             let result = routes::refuse(&self.ranges, self.priority);
             self.report("cannot set a route for the VIP ranges", result);
@@ -161,7 +138,6 @@ impl Namespaces {
         self.listen(&namespaces);
         if full {
             self.look_at_names();
-            self.newest_of_full = newest_thread();
         } else if !before.is_subset(&self.tasks) {
             self.leave();
         }
@@ -204,12 +180,6 @@ impl Namespaces {
             tracing::warn!("{what}: {error}");
         }
     }
-}
-
-/// The number of the thread that began last on this node; none where it cannot be seen.
-fn newest_thread() -> Option<u32> {
-    // proc_loadavg(5): its fifth field.
-    std::fs::read_to_string("/proc/loadavg").ok()?.split_whitespace().nth(4)?.parse().ok()
 }
 
 /// What this thread has had of a processor.

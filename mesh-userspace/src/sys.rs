@@ -324,7 +324,7 @@ unsafe extern "C" fn drop_pages_of(
         #[expect(clippy::cast_possible_truncation, reason = "addresses of this process")]
         let (start, size) = ((object.dlpi_addr + segment.p_vaddr) as usize, segment.p_memsz as usize);
         let before = start % page;
-        // SAFETY: nobody has ever written to the segment, so each page is read again from the file.
+        // SAFETY: this program never writes to the segment, so each page is read again from the file.
         unsafe { libc::madvise((start - before) as *mut libc::c_void, size + before, libc::MADV_DONTNEED) };
     }
     1

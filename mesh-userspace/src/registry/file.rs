@@ -33,6 +33,9 @@ pub const MAX_FILE: u64 = 32 << 20;
 /// systems, a folder that comes back) is noticed by then.
 const POLL: Duration = Duration::from_secs(1);
 
+/// So many files are looked at where the clock is; to look at more takes another thread.
+const FEW: usize = 16;
+
 /// How long a file of a folder must be away before it counts as removed: editors move the old one
 /// away before they write the new one.
 const GONE: Duration = Duration::from_millis(300);
@@ -202,7 +205,8 @@ impl Source {
         let as_read = |(path, entry): (&PathBuf, &Entry)| {
             entry.gone.is_none() && entry.read.is_some() && entry.read == Signature::of(path).ok()
         };
-        self.published.is_some()
+        self.files.len() <= FEW
+            && self.published.is_some()
             && self.lost.is_none()
             && list(&self.path).is_ok_and(|paths| paths.iter().eq(self.files.keys()))
             && self.files.iter().all(as_read)

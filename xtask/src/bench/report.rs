@@ -223,7 +223,7 @@ const PSS: &str = "PSS of the daemon, 100 tasks, 1,000 services, 10,000 backends
 const MAPS: &str = "its maps, MiB";
 const IDLE: &str = "idle CPU, ms/s";
 const STEADY: &str = "keep-alive, p50, relative to direct";
-const FURTHER: &str = "memory of a further task, KiB";
+const FURTHER: &str = "memory of a further task, without files, KiB";
 const ADDED: &str = "ns added to `connect()`";
 const CONNECT: &str = "connect tcp";
 
@@ -267,7 +267,8 @@ fn cause(what: &str, rows: &[Value]) -> Option<String> {
              and 32,768 open sockets. With room for twice what is there they take {} MiB.",
             rounded(of_memory(memory::ROOM)?)
         ),
-        IDLE => "once a second pins, programs, files and new tasks are looked for, as nobody tells when they change."
+        IDLE => "pins, programs, services files and tasks are looked at once a second (tasks every five where there are many), \
+             as nobody tells when they change."
             .into(),
         STEADY => "no program of mesh runs meanwhile. The interval is that of one set-up: that namespaces differ from one \
                    another it does not cover."

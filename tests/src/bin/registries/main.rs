@@ -7,6 +7,8 @@
 //! object a line: `{"what", "value", "unit"}`.
 
 use std::{
+    collections::HashMap,
+    ffi::OsString,
     io::Read,
     net::{SocketAddr, TcpStream},
     process::Command,
@@ -225,18 +227,20 @@ fn memory(mesh: &Mesh) -> f64 {
     line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
 }
 
-/// CPU time of the daemon's over some time, by the scheduler's own count.
+/// CPU time of the daemon's over some time, by the scheduler's own count. What a thread does that ends meanwhile
+/// is not in it.
 fn cpu(mesh: &Mesh, time: Duration) -> f64 {
-    let spent = || -> u64 {
+    let spent = || -> HashMap<OsString, u64> {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", mesh.pid())).expect("procfs").flatten();
         let spent = tasks.filter_map(|task| {
             let text = std::fs::read_to_string(task.path().join("schedstat")).ok()?;
-            text.split(' ').next()?.parse::<u64>().ok()
+            Some((task.file_name(), text.split(' ').next()?.parse().ok()?))
         });
-        spent.sum()
+        spent.collect()
     };
     let (start, before) = (Instant::now(), spent());
     thread::sleep(time);
-    // A thread that has ended takes its time with it.
-    spent().saturating_sub(before) as f64 / 1e6 / start.elapsed().as_secs_f64()
+    let took = start.elapsed();
+    let since = spent().into_iter().map(|(task, spent)| spent - before.get(&task).copied().unwrap_or(0));
+    since.sum::<u64>() as f64 / 1e6 / took.as_secs_f64()
 }
