@@ -242,10 +242,8 @@ impl Datapath {
         }
         for (name, link) in &self.links {
             let pin = self.pins.link(name);
-            let cannot = || io_error(format!("cannot pin program {name}"));
-            // One that is not attached any more is another one soon.
-            if link.info().map_err(cannot())?.cgroup != 0 && !pin.exists() {
-                link.pin(&pin).map_err(cannot())?;
+            if !pin.exists() {
+                link.pin(&pin).map_err(io_error(format!("cannot pin program {name}")))?;
                 mended.push(format!("the pin of program {name}"));
             }
         }

@@ -17,6 +17,7 @@ use crate::{
 mod arms;
 mod connect;
 mod failover;
+mod goals;
 mod load;
 mod memory;
 mod names;

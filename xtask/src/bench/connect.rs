@@ -23,7 +23,7 @@ use serde_json::{Value, json};
 
 use super::{
     arms::{ARMS, Arm, Bench, PORT, Sinks, VIP, VIP6},
-    stats::{confidence, median},
+    stats::{comparison, median},
 };
 use crate::{
     node::Node,
@@ -131,9 +131,7 @@ pub(super) fn measure(batches: usize) -> anyhow::Result<Vec<Value>> {
         for (end, what) in [measure.to_owned(), format!("{measure}: close")].iter().enumerate() {
             for (arm, values) in ARMS.iter().zip(&taken.slices) {
                 let compare = |by: fn((&f64, &f64)) -> f64| {
-                    let compared: Vec<f64> = values[end].iter().zip(&taken.slices[0][end]).map(by).collect();
-                    let (low, high) = confidence(&compared);
-                    json!({"ratio": median(compared), "low": low, "high": high})
+                    comparison(values[end].iter().zip(&taken.slices[0][end]).map(by).collect())
                 };
                 rows.push(json!({
                     "measure": what, "topology": "loopback", "arm": arm.name,

@@ -19,7 +19,7 @@ use super::{
     Effort,
     connect::Runs,
     rivals::{Arm, KINDS, Kind},
-    stats::{Random, confidence, median},
+    stats::{Random, comparison, median},
     usage::Usage,
     world::{Service, Site, Topology, World, check_interrupted, last_words},
 };
@@ -268,9 +268,7 @@ impl Table<'_> {
             let pairs = above?.taken.iter().zip(&below?.taken);
             let pairs =
                 pairs.filter_map(|(above, below)| Some((above.as_ref()?[number], below.as_ref()?[number])));
-            let compared: Vec<f64> = pairs.map(|(above, below)| by(above, below)).collect();
-            let (low, high) = confidence(&compared);
-            (!compared.is_empty()).then(|| json!({"ratio": median(compared), "low": low, "high": high}))
+            comparison(pairs.map(|(above, below)| by(above, below)).collect())
         };
         for (arm, slices) in arms.iter().zip(slices) {
             let values: Vec<f64> = slices.taken.iter().flatten().map(|values| values[number]).collect();

@@ -17,7 +17,7 @@ use super::{
     Effort,
     load::order,
     rivals::{State, envoy, envoy_template, fill, load_assignment, run_envoy, write_endpoints},
-    stats::{confidence, median},
+    stats::{comparison, median},
     usage::of_cgroup,
     world::{Cgroup, Namespace, OURS, Place, Process, Service, Topology, World, check_interrupted},
 };
@@ -303,11 +303,10 @@ fn start_up(effort: &Effort, world: &mut World) -> anyhow::Result<Vec<Value>> {
     }
     let rows = ARMS.iter().zip(&taken).map(|(arm, values)| {
         let ratios: Vec<f64> = values.iter().zip(&taken[0]).map(|(value, direct)| value / direct).collect();
-        let (low, high) = confidence(&ratios);
         json!({
             "measure": STARTUP, "topology": Topology::Namespaces.name(), "arm": arm,
             "value": median(values.clone()), "unit": "ms",
-            "vs_direct": {"ratio": median(ratios), "low": low, "high": high},
+            "vs_direct": comparison(ratios),
         })
     });
     Ok(rows.collect())

@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::{Context, ensure};
 use serde_json::Value;
 
-use super::{line, names, policies, registries, report, scale};
+use super::{goals, line, names, policies, registries, report, scale};
 use crate::tools::root;
 
 const BEGIN: &str = "<!-- cargo xtask bench: ";
@@ -50,7 +50,7 @@ fn block(name: &str, report: &Value) -> anyhow::Result<String> {
         "connect" => connect(rows),
         "hooks" => hooks(rows),
         "arms" => report::summary(rows),
-        "missed" => report::missed(rows),
+        "missed" => goals::missed(rows),
         "memory" => report::memory_summary(rows),
         "policies" => policies(rows),
         "names" => names::markdown(rows),

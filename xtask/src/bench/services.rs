@@ -8,7 +8,7 @@ use super::{
     arms::{PORT, Sinks},
     connect::{Client, Kind, rounds},
     report::{interval, rounded},
-    stats::{confidence, median},
+    stats::{comparison, median},
 };
 use crate::node::Node;
 
@@ -40,10 +40,9 @@ pub(super) fn measure(batches: usize) -> anyhow::Result<Vec<Value>> {
     }
     let rows = arms.iter().zip(&slices).map(|((arm, ..), rates)| {
         let ratios: Vec<f64> = rates.iter().zip(&slices[0]).map(|(rate, first)| rate / first).collect();
-        let (low, high) = confidence(&ratios);
         json!({
             "measure": MEASURE, "topology": "loopback", "arm": arm, "value": median(rates.clone()), "unit": "/s",
-            "vs_one": {"ratio": median(ratios), "low": low, "high": high},
+            "vs_one": comparison(ratios),
         })
     });
     Ok(rows.collect())

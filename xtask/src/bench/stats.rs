@@ -1,5 +1,7 @@
 //! Medians and how sure they are.
 
+use serde_json::{Value, json};
+
 pub(super) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
@@ -13,6 +15,14 @@ pub(super) fn confidence(values: &[f64]) -> (f64, f64) {
     let mut medians: Vec<f64> = (0..400).map(|_| resample()).collect();
     medians.sort_by(f64::total_cmp);
     (medians[10], medians[389])
+}
+
+/// The median of what was compared pair by pair, and its interval; none of nothing.
+pub(super) fn comparison(compared: Vec<f64>) -> Option<Value> {
+    (!compared.is_empty()).then(|| {
+        let (low, high) = confidence(&compared);
+        json!({"ratio": median(compared), "low": low, "high": high})
+    })
 }
 
 /// Numbers that are the same in every run.
