@@ -92,53 +92,64 @@ impl Core {
         }
     }
 
-    /// Answers at an address of the host, as soon as nobody else has it: connects do not depend on it.
-    async fn listen(self: Arc<Self>, address: SocketAddr, view: View) {
-        let deaf = |why| {
-            let mut deaf = self.deaf.lock().expect("nobody panics holding it");
-            match why {
-                Some(why) => deaf.insert(address, why),
-                None => deaf.remove(&address),
+    /// Listens at an address of the host, unless somebody else does.
+    fn bind(&self, address: SocketAddr, view: View) -> Option<Listener> {
+        let bound = Listener::bind(address, view);
+        let mut deaf = self.deaf.lock().expect("nobody panics holding it");
+        match bound {
+            Ok(listener) => {
+                deaf.remove(&address);
+                Some(listener)
             }
-        };
-        let listener = loop {
-            match Listener::bind(address, view) {
-                Ok(listener) => break listener,
-                Err(error) => {
-                    let why = format!("{error:#}");
-                    if deaf(Some(why.clone())).is_none() {
-                        tracing::error!("{why}");
-                    }
+            Err(error) => {
+                let why = format!("{error:#}");
+                if deaf.insert(address, why.clone()).is_none() {
+                    tracing::error!("{why}");
                 }
+                None
             }
-            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    /// Answers at an address of the host, as soon as nobody else has it: connects do not depend on it.
+    async fn listen(self: Arc<Self>, address: SocketAddr, view: View, mut bound: Option<Listener>) {
+        let listener = loop {
+            match bound {
+                Some(listener) => break listener,
+                None => tokio::time::sleep(RETRY).await,
+            }
+            bound = self.bind(address, view);
         };
-        deaf(None);
-        listener.serve(self.clone()).await;
+        listener.serve(self).await;
     }
 }
 
 /// Serves names until the daemon ends: at `listen` for the node's tasks, at `outside` for others.
-pub async fn run(
+/// Listens already when it returns, so that whoever is told that the daemon is ready may ask.
+pub fn run(
     core: Arc<Core>,
     listen: Vec<SocketAddr>,
     outside: Vec<SocketAddr>,
     config: watch::Receiver<Arc<Config>>,
     report: watch::Receiver<Report>,
     applied: Arc<RwLock<Applied>>,
-) {
-    let listen = async {
-        let listen = listen.into_iter().map(|address| (address, View::Node));
-        let all = listen.chain(outside.into_iter().map(|address| (address, View::Outside)));
-        let serving = all.map(|(address, view)| core.clone().listen(address, view));
-        serving.collect::<JoinSet<()>>().join_all().await;
-    };
-    // In this order, so that what the first question needs is there.
-    tokio::join!(
-        follow_names(&core, config.clone(), report, &applied),
-        upstream::follow(&core, config),
-        listen
-    );
+) -> impl Future<Output = ()> {
+    let listen = listen.into_iter().map(|address| (address, View::Node));
+    let all = listen.chain(outside.into_iter().map(|address| (address, View::Outside)));
+    let bound: Vec<_> = all.map(|(address, view)| (address, view, core.bind(address, view))).collect();
+    async move {
+        let listen = async {
+            let serving =
+                bound.into_iter().map(|(address, view, bound)| core.clone().listen(address, view, bound));
+            serving.collect::<JoinSet<()>>().join_all().await;
+        };
+        // In this order, so that what the first question needs is there.
+        tokio::join!(
+            follow_names(&core, config.clone(), report, &applied),
+            upstream::follow(&core, config),
+            listen
+        );
+    }
 }
 
 /// Makes the table anew whenever names that are written, or a suffix, change.
