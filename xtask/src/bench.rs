@@ -1,13 +1,12 @@
 //! What mesh costs, against direct connects.
 
 use std::{
-    collections::BTreeMap,
     fs,
     time::{Duration, Instant},
 };
 
 use anyhow::ensure;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::{
     build, setup,
@@ -15,12 +14,14 @@ use crate::{
 };
 
 mod arms;
+mod clients;
 mod connect;
 mod failover;
 mod goals;
 mod load;
 mod memory;
 mod names;
+mod nat;
 mod parts;
 mod plots;
 mod policies;
@@ -30,6 +31,7 @@ mod report;
 mod rivals;
 mod scale;
 mod services;
+mod slices;
 mod stats;
 mod usage;
 mod world;
@@ -94,7 +96,7 @@ impl Part {
     fn measure(self, effort: &Effort) -> anyhow::Result<Vec<Value>> {
         let batches = effort.batches;
         match self {
-            Self::Connect => connect::measure(batches),
+            Self::Connect => connect::measure(effort),
             Self::Load => load::measure(effort),
             Self::Failover => failover::measure(effort),
             Self::Memory => memory::measure(effort),
@@ -102,6 +104,16 @@ impl Part {
             Self::Names => names::measure(batches),
             Self::Registries => registries::measure(effort),
             Self::Scale => scale::measure(effort),
+        }
+    }
+
+    /// What it compares, or measures with: versions.
+    fn versions(self) -> Value {
+        match self {
+            Self::Load | Self::Failover | Self::Memory => rivals::versions(),
+            Self::Names => names::versions(),
+            Self::Registries => registries::versions(),
+            Self::Connect | Self::Policies | Self::Scale => json!({}),
         }
     }
 
@@ -175,8 +187,8 @@ impl Effort {
         };
         let (batches, changes, failovers, starts, idle) = match mode {
             Mode::Quick => (2, 5, 1, 2, 1),
-            Mode::Usual => (10, 50, 1, 5, 3),
-            Mode::Full => (25, 100, 5, 15, 20),
+            Mode::Usual => (6, 50, 1, 6, 3),
+            Mode::Full => (24, 100, 5, 15, 20),
         };
         Self {
             mode,
@@ -186,7 +198,7 @@ impl Effort {
             starts,
             idle: Duration::from_secs(idle),
             slice: Duration::from_secs(1),
-            loads: if mode == Mode::Quick { &[50] } else { &[25, 50, 75] },
+            loads: if mode == Mode::Full { &[25, 50, 75] } else { &[50] },
             noisy: args.noisy,
         }
     }
@@ -204,12 +216,14 @@ impl Effort {
         self.mode == Mode::Quick
     }
 
-    /// What the arms are compared in, and in how many rounds.
-    fn topologies(&self) -> Vec<(Topology, usize)> {
+    /// What the arms are compared in, how often each is set up, and for how many rounds.
+    fn topologies(&self) -> Vec<(Topology, usize, usize)> {
         match self.mode {
-            Mode::Quick => vec![(Topology::Namespaces, 2)],
-            Mode::Usual => vec![(Topology::Namespaces, 4), (Topology::Loopback, 1)],
-            Mode::Full => vec![(Topology::Namespaces, 10), (Topology::Pinned, 3), (Topology::Loopback, 3)],
+            Mode::Quick => vec![(Topology::Namespaces, 1, 2)],
+            Mode::Usual => vec![(Topology::Namespaces, 6, 1), (Topology::Loopback, 1, 1)],
+            Mode::Full => {
+                vec![(Topology::Namespaces, 6, 2), (Topology::Pinned, 1, 2), (Topology::Loopback, 1, 2)]
+            }
         }
     }
 }
@@ -237,33 +251,45 @@ pub(crate) fn run(args: &Args) -> anyhow::Result<()> {
     }
     world::catch_interrupts()?;
     let effort = Effort::new(args);
-    let load_before = load()?;
     let earlier = args.only.map_or_else(|| Ok(Value::Null), |_| earlier())?;
     let mut rows = earlier["rows"].as_array().cloned().unwrap_or_default();
-    let mut commits = earlier["meta"]["commits"].as_object().cloned().unwrap_or_default();
+    let mut parts = earlier["parts"].as_object().cloned().unwrap_or_default();
     let mut failed = Vec::new();
     for part in Part::ALL.into_iter().filter(|part| args.only.is_none_or(|only| only == *part)) {
         let at = rows.iter().position(|row| part.has(row)).unwrap_or(rows.len());
         rows.retain(|row| !part.has(row));
-        let start = Instant::now();
+        let (start, load_before) = (Instant::now(), load()?);
         match part.measure(&effort) {
             Ok(measured) => {
                 rows.splice(at..at, measured);
-                commits.insert(part.name(), commit().into());
+                parts.insert(part.name(), conditions(part, &effort, &load_before)?);
             }
             Err(error) => {
                 world::check_interrupted()?;
                 eprintln!("bench: {} failed: {error:#}", part.name());
-                commits.remove(&part.name());
+                parts.remove(&part.name());
                 failed.push(part.name());
             }
         }
         eprintln!("bench: {} took {} s", part.name(), start.elapsed().as_secs());
         world::check_interrupted()?;
     }
-    report(&rows, &commits, &effort, &load_before)?;
+    report(&json!({"parts": parts, "rows": rows}), effort.noisy)?;
     ensure!(failed.is_empty(), "not measured: {}", failed.join(", "));
     Ok(())
+}
+
+/// What a part was measured under.
+fn conditions(part: Part, effort: &Effort, load_before: &str) -> anyhow::Result<Value> {
+    Ok(json!({
+        "commit": commit(),
+        "mode": effort.mode.name(),
+        "kernel": fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
+        "cpus": std::thread::available_parallelism()?.get(),
+        "load_before": load_before,
+        "load_after": load()?,
+        "versions": part.versions(),
+    }))
 }
 
 /// The last report, if there is one.
@@ -275,54 +301,21 @@ fn earlier() -> anyhow::Result<Value> {
     }
 }
 
-/// Which commit each part was measured on.
-fn commits(meta: &Value) -> String {
-    let mut parts = BTreeMap::<&str, Vec<&str>>::new();
-    for (part, commit) in meta["commits"].as_object().into_iter().flatten() {
-        parts.entry(commit.as_str().unwrap_or_default()).or_default().push(part);
-    }
-    let of_each = parts.iter().map(|(commit, parts)| format!("{} on commit {commit}", parts.join(", ")));
-    of_each.collect::<Vec<_>>().join("; ")
-}
-
 fn load() -> anyhow::Result<String> {
     let load = fs::read_to_string("/proc/loadavg")?;
     Ok(load.split(' ').next().unwrap_or_default().to_owned())
 }
 
-fn report(
-    rows: &[Value],
-    commits: &Map<String, Value>,
-    effort: &Effort,
-    load_before: &str,
-) -> anyhow::Result<()> {
-    let meta = json!({
-        "version": env!("CARGO_PKG_VERSION"),
-        "commit": commit(),
-        "commits": commits,
-        "mode": effort.mode.name(),
-        "kernel": fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
-        "cpus": std::thread::available_parallelism()?.get(),
-        "load_before": load_before,
-        "load": load()?,
-        "noisy": effort.noisy,
-        "slices_per_arm": effort.batches * connect::ROUNDS,
-        "calls_per_slice": connect::SLICE,
-        "name_servers": names::versions(),
-        "versions": rivals::versions(),
-        "note": "direct sockets are outside the managed cgroup, but on the same kernel: the static key that any \
-                 attached connect program turns on is in every arm",
-    });
+fn report(report: &Value, noisy: bool) -> anyhow::Result<()> {
     // What was measured beside others' work is not kept.
-    let dir = root().join(if effort.noisy { "target/mesh-bench/report" } else { "bench/report" });
+    let dir = root().join(if noisy { "target/mesh-bench/report" } else { "bench/report" });
     fs::create_dir_all(&dir)?;
-    let report = json!({"meta": meta, "rows": rows});
-    let pictures = plots::draw(rows, &dir)?;
-    let markdown = report::markdown(&report, &pictures);
-    fs::write(dir.join("report.json"), serde_json::to_string_pretty(&report)? + "\n")?;
+    let pictures = plots::draw(report["rows"].as_array().map(Vec::as_slice).unwrap_or_default(), &dir)?;
+    let markdown = report::markdown(report, &pictures);
+    fs::write(dir.join("report.json"), serde_json::to_string_pretty(report)? + "\n")?;
     fs::write(dir.join("report.md"), &markdown)?;
-    if !effort.noisy {
-        readme::update(&report)?;
+    if !noisy {
+        readme::update(report)?;
     }
     println!("{markdown}\nwritten to {}", dir.display());
     Ok(())
@@ -332,12 +325,7 @@ const HEAD: &str = "| measure | arm | median | vs direct (95 % interval) |\n|---
 
 fn line(row: &Value) -> String {
     let word = |key: &str| row[key].as_str().unwrap_or_default();
-    let ratio = &row["vs_direct"];
-    let number = |key: &str| ratio[key].as_f64().unwrap_or_default();
-    let versus = match ratio {
-        Value::Null => "-".into(),
-        _ => format!("{:.3} ({:.3} to {:.3})", number("ratio"), number("low"), number("high")),
-    };
+    let versus = report::ratio(&row["vs_direct"]).unwrap_or_else(|| "-".into());
     let value = row["value"].as_f64().unwrap_or_default();
     format!("| {} | {} | {value:.0} {} | {versus} |\n", word("measure"), word("arm"), word("unit"))
 }

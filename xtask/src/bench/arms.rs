@@ -10,6 +10,7 @@ use std::{
 
 use anyhow::Context;
 
+use super::world::Cgroup;
 use crate::{
     node::Node,
     tools::{self, cargo, run},
@@ -53,6 +54,8 @@ pub(super) const ARMS: [Arm; 6] = [
 pub(super) struct Bench {
     pub(super) node: Node,
     pub(super) sinks: Sinks,
+    /// Of sockets that nothing is hooked to.
+    outside: Cgroup,
     empty: Holder,
     plain: Holder,
 }
@@ -82,16 +85,16 @@ impl Bench {
             Holder::start(&node, "empty", "empty")?,
             Holder::start(&node, "plain", "plain,empty_release,empty_sockops")?,
         );
-        Ok(Self { node, sinks, empty, plain })
+        let outside = Cgroup::new(node.cgroup.with_file_name("mesh-bench-direct"))?;
+        Ok(Self { node, sinks, outside, empty, plain })
     }
 
-    /// The cgroup of an arm; none where it has no hooks.
-    pub(super) fn cgroup(&self, arm: &Arm) -> Option<&PathBuf> {
+    pub(super) fn cgroup(&self, arm: &Arm) -> PathBuf {
         match arm.hooks {
-            Hooks::None => None,
-            Hooks::Empty => Some(&self.empty.cgroup),
-            Hooks::Plain => Some(&self.plain.cgroup),
-            Hooks::Mesh => Some(&self.node.cgroup),
+            Hooks::None => self.outside.path(),
+            Hooks::Empty => self.empty.cgroup.clone(),
+            Hooks::Plain => self.plain.cgroup.clone(),
+            Hooks::Mesh => self.node.cgroup.clone(),
         }
     }
 

@@ -1,9 +1,10 @@
 //! What a socket costs, arm by arm: its `connect()` or datagram, and its end.
 //!
 //! Each arm has a process of its own in its cgroup. In turns they make 16 sockets and time the
-//! calls on them; the order is reversed in every other round (ABBA), and each slice is compared
-//! with the direct slice of its own round. A second direct arm shows how much of a difference is
-//! noise. Servers accept between the slices, so that they disturb none.
+//! calls on them; the order is shuffled, and reversed in every other round (ABBA), and each slice is
+//! compared with the direct slice of its own round. A second direct arm shows how much of a difference
+//! is noise. Servers accept between the slices, so that they disturb none. A batch in which others used
+//! the machine is dropped.
 
 use std::{
     fs,
@@ -22,16 +23,19 @@ use rustix::net::{
 use serde_json::{Value, json};
 
 use super::{
+    Effort,
     arms::{ARMS, Arm, Bench, PORT, Sinks, VIP, VIP6},
+    load::order,
     stats::{comparison, median},
+    usage::Usage,
 };
 use crate::{
     node::Node,
     tools::{self, enter},
 };
 
-pub(super) const SLICE: usize = 16;
-pub(super) const ROUNDS: usize = 100;
+const SLICE: usize = 16;
+const ROUNDS: usize = 100;
 
 /// Which socket, and to which family of addresses.
 #[derive(Clone, Copy, clap::ValueEnum, PartialEq, Eq)]
@@ -83,23 +87,24 @@ impl Kind {
 #[derive(clap::Args)]
 pub(crate) struct ClientArgs {
     kind: Kind,
-    /// The cgroup to enter first.
-    #[arg(long)]
-    cgroup: Option<PathBuf>,
+    /// To enter first.
+    cgroup: PathBuf,
     /// To dial in turn.
     addresses: Vec<SocketAddr>,
 }
 
 /// The daemon and its maps are made anew so often: what a connect costs differs from one start to the next.
-const STARTS: usize = 5;
+pub(super) const STARTS: usize = 6;
 
 /// What is measured of a kind of socket.
 #[derive(Clone, Default)]
 struct Taken {
-    /// Of each arm and slice, nanoseconds per call and per close.
-    slices: Vec<[Vec<f64>; 2]>,
+    /// Of each start: of each arm, nanoseconds of each slice per call and per close.
+    starts: Vec<Vec<[Vec<f64>; 2]>>,
     /// Nanoseconds that all hooks of a socket's life run together, beyond what empty ones take.
     hooks: [Vec<f64>; 2],
+    batches: usize,
+    disturbed: usize,
 }
 
 /// The arms whose hooks are timed: one of each, as sockets that mesh leaves alone run its programs too.
@@ -108,36 +113,48 @@ const TIMED: [&str; 2] = ["mesh", "without-bookkeeping"];
 /// Nanoseconds per call of every arm, and their ratios to `direct` of the same round; and those of the hooks, by
 /// the kernel's own statistics. It looks at its clock in every run, so a callback that only mesh has costs more
 /// there than it does otherwise.
-pub(super) fn measure(batches: usize) -> anyhow::Result<Vec<Value>> {
-    let mut all =
-        Kind::ALL.map(|_| Taken { slices: vec![Default::default(); ARMS.len()], ..Taken::default() });
-    let starts = STARTS.min(batches);
+pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
+    let mut all = Kind::ALL.map(|_| Taken::default());
+    let starts = STARTS.min(effort.batches);
     for _ in 0..starts {
         let mut bench = Bench::start()?;
         for ((kind, _), taken) in Kind::ALL.into_iter().zip(&mut all) {
-            for _ in 0..batches / starts {
-                for round in run_clients(&bench, kind, &ARMS.each_ref())? {
-                    for (arm, ns) in taken.slices.iter_mut().zip(round) {
+            let mut slices = vec![<[Vec<f64>; 2]>::default(); ARMS.len()];
+            for _ in 0..effort.batches / starts {
+                let (rounds, disturbed) = run_clients(&bench, kind, &ARMS.each_ref())?;
+                taken.batches += 1;
+                if disturbed && !effort.noisy {
+                    taken.disturbed += 1;
+                    continue;
+                }
+                for round in rounds {
+                    for (arm, ns) in slices.iter_mut().zip(round) {
                         arm.iter_mut().zip(ns).for_each(|(values, ns)| values.push(ns));
                     }
                 }
                 let times = hook_times(&mut bench, kind)?;
                 taken.hooks.iter_mut().zip(times).for_each(|(values, ns)| values.push(ns));
             }
+            taken.starts.push(slices);
         }
     }
     let mut rows = Vec::new();
     for ((_, measure), taken) in Kind::ALL.into_iter().zip(&all) {
         for (end, what) in [measure.to_owned(), format!("{measure}: close")].iter().enumerate() {
-            for (arm, values) in ARMS.iter().zip(&taken.slices) {
+            for (number, arm) in ARMS.iter().enumerate() {
                 let compare = |by: fn((&f64, &f64)) -> f64| {
-                    comparison(values[end].iter().zip(&taken.slices[0][end]).map(by).collect())
+                    let pairs = |arms: &Vec<[Vec<f64>; 2]>| {
+                        arms[number][end].iter().zip(&arms[0][end]).map(by).collect::<Vec<_>>()
+                    };
+                    comparison(taken.starts.iter().map(pairs).collect())
                 };
+                let values = taken.starts.iter().flat_map(|arms| arms[number][end].clone());
                 rows.push(json!({
                     "measure": what, "topology": "loopback", "arm": arm.name,
-                    "value": median(values[end].clone()), "unit": "ns",
+                    "value": median(values.collect()), "unit": "ns",
                     "vs_direct": compare(|(value, direct)| value / direct),
                     "over_direct": compare(|(value, direct)| value - direct),
+                    "slices": taken.batches * ROUNDS, "disturbed": taken.disturbed * ROUNDS,
                 }));
             }
         }
@@ -165,36 +182,36 @@ fn hook_times(bench: &mut Bench, kind: Kind) -> anyhow::Result<[f64; 2]> {
     Ok([after.mesh - before.mesh, after.plain - before.plain].map(|ns| (ns - empty) / sockets))
 }
 
-/// For each round and arm, nanoseconds per call and per close.
-fn run_clients(bench: &Bench, kind: Kind, arms: &[&Arm]) -> anyhow::Result<Vec<Vec<[f64; 2]>>> {
+/// What [`rounds`] says of the arms.
+fn run_clients(bench: &Bench, kind: Kind, arms: &[&Arm]) -> anyhow::Result<(Vec<Round>, bool)> {
     let clients = arms.iter().map(|arm| {
         let addresses = kind.addresses(arm.dials_vip, bench.sinks.ports);
-        Client::start(kind, &addresses, bench.cgroup(arm).map(PathBuf::as_path))
+        Client::start(kind, &addresses, &bench.cgroup(arm))
     });
     rounds(clients.collect::<anyhow::Result<_>>()?, &bench.sinks)
 }
 
-/// Lets clients take turns; for each round and client, nanoseconds per call and per close.
-pub(super) fn rounds(mut clients: Vec<Client>, sinks: &Sinks) -> anyhow::Result<Vec<Vec<[f64; 2]>>> {
+/// Of each client, nanoseconds per call and per close.
+type Round = Vec<[f64; 2]>;
+
+/// Lets clients take turns; and whether others used the machine meanwhile.
+pub(super) fn rounds(mut clients: Vec<Client>, sinks: &Sinks) -> anyhow::Result<(Vec<Round>, bool)> {
     // The first slice warms up.
     for client in &mut clients {
         client.slice()?;
         sinks.accept();
     }
+    let before = Usage::now([])?;
     let mut rounds = Vec::new();
     for round in 0..ROUNDS {
-        let mut order: Vec<usize> = (0..clients.len()).collect();
-        if round % 2 == 1 {
-            order.reverse();
-        }
         let mut ns = vec![[0.0; 2]; clients.len()];
-        for client in order {
+        for client in order(clients.len(), round) {
             ns[client] = clients[client].slice()?;
             sinks.accept();
         }
         rounds.push(ns);
     }
-    Ok(rounds)
+    Ok((rounds, Usage::now([])?.since(&before).disturbed))
 }
 
 /// The process of an arm.
@@ -206,12 +223,9 @@ pub(super) struct Client {
 
 impl Client {
     /// In this cgroup, it dials the addresses in turn.
-    pub(super) fn start(kind: Kind, addresses: &[String], cgroup: Option<&Path>) -> anyhow::Result<Self> {
+    pub(super) fn start(kind: Kind, addresses: &[String], cgroup: &Path) -> anyhow::Result<Self> {
         let mut client = Command::new(std::env::current_exe()?);
-        client.args(["bench-client", &kind.word()]).args(addresses);
-        if let Some(cgroup) = cgroup {
-            client.arg("--cgroup").arg(cgroup);
-        }
+        client.args(["bench-client", &kind.word()]).arg(cgroup).args(addresses);
         let mut child = client.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let lines = BufReader::new(child.stdout.take().context("a pipe")?).lines();
         Ok(Self { stdin: child.stdin.take(), child, lines })
@@ -234,9 +248,7 @@ impl Drop for Client {
 
 /// For each line of its input one slice: nanoseconds per call and per close.
 pub(crate) fn client(args: &ClientArgs) -> anyhow::Result<()> {
-    if let Some(cgroup) = &args.cgroup {
-        enter(cgroup)?;
-    }
+    enter(&args.cgroup)?;
     let mut addresses = args.addresses.iter().cycle();
     for line in io::stdin().lines() {
         line?;

@@ -2,28 +2,31 @@
 //! takes.
 //!
 //! All arms are up at once and take turns; the order is reversed in every other round (ABBA), and each
-//! slice is compared with the direct slice of its own round. A slice in which others used the machine
-//! is dropped.
+//! slice is compared with the direct slice of its own round. All is set up anew several times, for set-ups
+//! differ from one another. A slice in which others used the machine is dropped.
 
 use std::{
+    collections::BTreeMap,
     io::{BufRead, BufReader, Lines, Write},
+    ops::Range,
     path::PathBuf,
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    process::{Child, ChildStdin, ChildStdout, Stdio},
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail, ensure};
+use anyhow::Context;
 use serde_json::{Value, json};
 
 use super::{
     Effort,
+    clients::{PERCENTILES, Taken, connects, iperf, oha, sockperf, wrk},
     connect::Runs,
     rivals::{Arm, KINDS, Kind},
-    stats::{Random, comparison, median},
+    slices::{Measured, REACHED, Slices},
+    stats::{Random, median},
     usage::Usage,
     world::{Service, Site, Topology, World, check_interrupted, last_words},
 };
-use crate::tools::{output, tools};
 
 /// What its rows begin with.
 pub(super) const PREFIX: &str = "load: ";
@@ -31,8 +34,6 @@ pub(super) const PREFIX: &str = "load: ";
 /// What the row of an arm that did not start is called.
 pub(super) const ALL: &str = "all";
 
-/// Connections of the clients that have several.
-const CONNECTIONS: &str = "16";
 /// The backends of the arms' service.
 const BACKENDS: u8 = 2;
 
@@ -48,7 +49,7 @@ impl Running {
         self.kind.services.contains(&service)
     }
 
-    fn url(&self) -> String {
+    pub(super) fn url(&self) -> String {
         format!("http://{}/", self.arm.targets(Service::Http)[0])
     }
 }
@@ -89,13 +90,6 @@ impl Setup {
         }
         Ok(Running { kind, arm, site })
     }
-}
-
-/// What a slice gave.
-struct Taken {
-    values: Vec<f64>,
-    /// Requests or connections, for the CPU time of one.
-    count: f64,
 }
 
 /// One kind of slice.
@@ -159,63 +153,79 @@ pub(super) const LOADS: [(u32, &str); 3] = [
     (50, "HTTP keep-alive at 50 % of direct's maximum"),
     (75, "HTTP keep-alive at 75 % of direct's maximum"),
 ];
-const PERCENTILES: [(&str, &str, &str); 4] =
-    [("p50", "us", "p50"), ("p90", "us", "p90"), ("p99", "us", "p99"), ("p99.9", "us", "p99.9")];
 
 /// Rows of every topology.
 pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
     let mut rows = Vec::new();
-    for (topology, rounds) in effort.topologies() {
-        eprintln!("bench: load, {}", topology.name());
-        let setup = Setup::start(topology, BACKENDS, false)?;
-        let mut table = Table { topology, effort, rounds, rows: Vec::new() };
-        SHORTS.iter().try_for_each(|short| table.short(&setup, short))?;
-        for measure in MEASURES.iter().filter(|measure| measure.quick || !effort.quick()) {
-            table.run(&setup, measure.name, measure.service, measure.values, measure.per, |running| {
-                (measure.take)(running, effort.slice)
-            })?;
+    for (topology, set_ups, rounds) in effort.topologies() {
+        let mut table = Table::new(topology, effort);
+        for set_up in 0..set_ups {
+            eprintln!("bench: load, {}, set-up {} of {set_ups}", topology.name(), set_up + 1);
+            table
+                .measure(&Setup::start(topology, BACKENDS, false)?, set_up * rounds..(set_up + 1) * rounds)?;
         }
-        table.latencies(&setup)?;
-        for (arm, reason) in &setup.missing {
-            table.rows.push(json!({
-                "measure": format!("{PREFIX}{ALL}"), "topology": topology.name(), "arm": arm, "value": null,
-                "unit": "", "vs_direct": null, "missing": reason,
-            }));
-        }
-        rows.extend(table.rows);
+        rows.extend(table.rows(set_ups));
     }
     Ok(rows)
 }
 
+/// Everything that is measured in a topology.
 struct Table<'a> {
     topology: Topology,
     effort: &'a Effort,
-    rounds: usize,
-    rows: Vec<Value>,
+    measured: Vec<Measured>,
+    /// What direct does at most: requests a second.
+    most: Option<f64>,
+    /// How often mesh's programs ran while they should not have.
+    runs: Vec<(String, u64)>,
+    /// Arms that did not start: how often, and why.
+    missing: BTreeMap<&'static str, (usize, String)>,
 }
 
-/// The slices of an arm: none where one failed or was disturbed.
-#[derive(Default)]
-struct Slices {
-    taken: Vec<Option<Vec<f64>>>,
-    disturbed: usize,
-    failed: Option<String>,
-}
+impl<'a> Table<'a> {
+    fn new(topology: Topology, effort: &'a Effort) -> Self {
+        let (measured, runs, missing) = (Vec::new(), Vec::new(), BTreeMap::new());
+        Self { topology, effort, measured, most: None, runs, missing }
+    }
 
-impl Table<'_> {
+    fn measure(&mut self, setup: &Setup, rounds: Range<usize>) -> anyhow::Result<()> {
+        SHORTS.iter().try_for_each(|short| self.short(setup, short, rounds.clone()))?;
+        for measure in MEASURES.iter().filter(|measure| measure.quick || !self.effort.quick()) {
+            let values = measure.values.iter().map(|(value, unit)| ((*value).to_owned(), *unit)).collect();
+            let measured = Measured::new(measure.name, values, None);
+            let slice = self.effort.slice;
+            self.run(setup, measured, measure.service, measure.per, rounds.clone(), |running| {
+                (measure.take)(running, slice)
+            })?;
+        }
+        self.latencies(setup, rounds)?;
+        for (arm, why) in &setup.missing {
+            self.missing.entry(arm).or_insert_with(|| (0, why.clone())).0 += 1;
+        }
+        Ok(())
+    }
+
+    /// What was measured before in other set-ups has the same name.
+    fn keep(&mut self, mut measured: Measured) {
+        match self.measured.iter_mut().find(|known| known.name == measured.name) {
+            Some(known) => known.set_ups.append(&mut measured.set_ups),
+            None => self.measured.push(measured),
+        }
+    }
+
     fn run(
         &mut self,
         setup: &Setup,
-        name: &str,
+        mut measured: Measured,
         service: Service,
-        values: &[(&str, &str)],
         per: Option<&str>,
+        rounds: Range<usize>,
         mut take: impl FnMut(&Running) -> anyhow::Result<Taken>,
     ) -> anyhow::Result<()> {
-        eprintln!("bench: load, {}: {name}", self.topology.name());
+        eprintln!("bench: load, {}: {}", self.topology.name(), measured.name);
         let arms: Vec<_> = setup.running.iter().filter(|running| running.has(service)).collect();
         let mut slices: Vec<Slices> = arms.iter().map(|_| Slices::default()).collect();
-        for round in 0..self.rounds {
+        for round in rounds {
             for arm in order(arms.len(), round) {
                 check_interrupted()?;
                 let running = arms[arm];
@@ -225,94 +235,45 @@ impl Table<'_> {
                 let before = Usage::now(cgroups())?;
                 let taken = take(running);
                 let used = Usage::now(cgroups())?.since(&before);
-                let slices = &mut slices[arm];
-                slices.taken.push(match taken {
-                    Ok(_) if used.disturbed && !self.effort.noisy => {
-                        slices.disturbed += 1;
-                        None
+                check_interrupted()?;
+                let values = taken.map(|mut taken| {
+                    if per.is_some() {
+                        // Microseconds for one are seconds for a million.
+                        taken.values.push(used.arm.as_secs_f64() * 1e6 / taken.count);
                     }
-                    Ok(mut taken) => {
-                        if per.is_some() {
-                            // Microseconds for one are seconds for a million.
-                            taken.values.push(used.arm.as_secs_f64() * 1e6 / taken.count);
-                        }
-                        Some(taken.values)
-                    }
-                    Err(error) => {
-                        check_interrupted()?;
-                        slices.failed = Some(format!("{error:#}"));
-                        None
-                    }
+                    taken.values
                 });
+                slices[arm].take(values, used.disturbed && !self.effort.noisy);
             }
         }
-        let cpu = per.map(|per| (format!("CPU seconds for a million {per}"), "s"));
-        let values = values.iter().map(|(value, unit)| ((*value).to_owned(), *unit));
-        for (number, (value, unit)) in values.chain(cpu).enumerate() {
-            let measure = format!("{PREFIX}{name}: {value}");
-            self.rows(
-                &measure,
-                unit,
-                number,
-                &arms.iter().map(|arm| arm.kind.name).collect::<Vec<_>>(),
-                &slices,
-            );
-        }
+        measured.values.extend(per.map(|per| (format!("CPU seconds for a million {per}"), "s")));
+        measured.set_ups = vec![arms.iter().map(|arm| arm.kind.name).zip(slices).collect()];
+        self.keep(measured);
         Ok(())
     }
 
-    /// The rows of one value, compared with direct, and mesh with each.
-    fn rows(&mut self, measure: &str, unit: &str, number: usize, arms: &[&str], slices: &[Slices]) {
-        let of = |arm: &str| arms.iter().position(|name| *name == arm).map(|arm| &slices[arm]);
-        let compare = |above: Option<&Slices>, below: Option<&Slices>, by: fn(f64, f64) -> f64| {
-            let pairs = above?.taken.iter().zip(&below?.taken);
-            let pairs =
-                pairs.filter_map(|(above, below)| Some((above.as_ref()?[number], below.as_ref()?[number])));
-            comparison(pairs.map(|(above, below)| by(above, below)).collect())
-        };
-        for (arm, slices) in arms.iter().zip(slices) {
-            let values: Vec<f64> = slices.taken.iter().flatten().map(|values| values[number]).collect();
-            let value = (!values.is_empty()).then(|| median(values));
-            let missing = match (&slices.failed, value) {
-                (Some(failed), None) => Some(failed.clone()),
-                (None, None) => Some("every slice was disturbed".into()),
-                _ => None,
-            };
-            let mut row = json!({
-                "measure": measure, "topology": self.topology.name(), "arm": arm, "value": value, "unit": unit,
-                "vs_direct": compare(Some(slices), of("direct"), |above, below| above / below),
-                "mesh_vs": compare(of("mesh"), Some(slices), |above, below| above / below),
-                "slices": slices.taken.len(), "disturbed": slices.disturbed, "missing": missing,
-            });
-            if unit == "s" {
-                row["over_direct"] = json!(compare(Some(slices), of("direct"), |above, below| above - below));
-            }
-            self.rows.push(row);
-        }
-    }
-
     /// At fixed rates, whether or not earlier requests are answered.
-    fn latencies(&mut self, setup: &Setup) -> anyhow::Result<()> {
-        let Some(direct) = setup.running.iter().find(|running| running.kind.name == "direct") else {
-            return Ok(());
-        };
-        // By the same client, so that it can reach the rates.
-        let most =
-            (0..3).map(|_| Ok(oha(direct, self.effort.slice, None)?.rate)).collect::<anyhow::Result<_>>();
-        let most = match most {
-            Ok(most) => median(most),
-            Err(error) => {
-                check_interrupted()?;
-                eprintln!("bench: no latencies: {error:#}");
-                return Ok(());
+    fn latencies(&mut self, setup: &Setup, rounds: Range<usize>) -> anyhow::Result<()> {
+        let slice = self.effort.slice;
+        if self.most.is_none()
+            && let Some(direct) = setup.running.iter().find(|running| running.kind.name == "direct")
+        {
+            // By the same client, so that it can reach the rates.
+            let most = (0..3).map(|_| Ok(oha(direct, slice, None)?.rate)).collect::<anyhow::Result<_>>();
+            check_interrupted()?;
+            match most {
+                Ok(most) => self.most = Some(median(most)),
+                Err(error) => eprintln!("bench: no latencies: {error:#}"),
             }
-        };
+        }
+        let Some(most) = self.most else { return Ok(()) };
         for (load, name) in LOADS.into_iter().filter(|(load, _)| self.effort.loads.contains(load)) {
             let rate = most * f64::from(load) / 100.0;
-            let values = PERCENTILES.map(|(value, unit, _)| (value, unit));
-            let values = [&values[..], &[("reached of the rate", "%")]].concat();
-            self.run(setup, name, Service::Http, &values, None, |running| {
-                let said = oha(running, self.effort.slice, Some(rate))?;
+            let mut values = PERCENTILES.map(|percentile| (percentile.to_owned(), "us")).to_vec();
+            values.push((REACHED.into(), "%"));
+            let measured = Measured::new(name, values, Some(rate));
+            self.run(setup, measured, Service::Http, None, rounds.clone(), |running| {
+                let said = oha(running, slice, Some(rate))?;
                 let values = said.percentiles.into_iter().chain([100.0 * said.rate / rate]).collect();
                 Ok(Taken { values, count: 0.0 })
             })?;
@@ -322,57 +283,85 @@ impl Table<'_> {
 
     /// One thing after the other, in many short slices, so that small differences show. And whether
     /// anything of mesh runs meanwhile.
-    fn short(&mut self, setup: &Setup, short: &Short) -> anyhow::Result<()> {
+    fn short(&mut self, setup: &Setup, short: &Short, rounds: Range<usize>) -> anyhow::Result<()> {
         let name = short.name;
         eprintln!("bench: load, {}: {name}", self.topology.name());
-        let mut clients = Vec::new();
+        let (mut clients, mut slices) = (Vec::new(), BTreeMap::<_, Slices>::new());
         for running in setup.running.iter().filter(|running| running.has(short.service)) {
+            let arm = running.kind.name;
             match Client::start(running, short) {
-                Ok(client) => clients.push((running.kind.name, client)),
+                Ok(client) => clients.push((arm, client)),
                 Err(error) => {
                     check_interrupted()?;
-                    eprintln!("bench: {}: {error:#}", running.kind.name);
+                    slices.entry(arm).or_default().take(Err(error), false);
                 }
             }
         }
-        let arms: Vec<_> = clients.iter().map(|(arm, _)| *arm).collect();
-        let mut slices: Vec<Slices> = arms.iter().map(|_| Slices::default()).collect();
         let mesh = setup.running.iter().find_map(|running| running.arm.node()).filter(|_| short.still);
         let counted = mesh.map(Runs::count).transpose()?;
         let start = Instant::now();
-        for round in 0..self.rounds * SHORT_ROUNDS {
+        for round in 0..rounds.len() * SHORT_ROUNDS {
             check_interrupted()?;
             // Slices have a number of requests, not a length: a slow machine has fewer rounds.
-            if round % 2 == 0 && start.elapsed() > SHORT_LIMIT * u32::try_from(self.rounds)? {
+            if round % 2 == 0 && start.elapsed() > SHORT_LIMIT * u32::try_from(rounds.len())? {
                 break;
             }
             let before = Usage::now([])?;
-            let mut taken: Vec<_> = arms.iter().map(|_| None).collect();
-            for arm in order(arms.len(), round) {
-                match clients[arm].1.slice() {
-                    Ok(values) => taken[arm] = Some(values),
-                    Err(error) => slices[arm].failed = Some(format!("{error:#}")),
-                }
+            let mut taken = Vec::new();
+            for arm in order(clients.len(), round) {
+                let (name, client) = &mut clients[arm];
+                taken.push((*name, client.slice()));
             }
             // Slices are too short for the clocks of CPU time: a round is dropped as a whole.
             let disturbed = Usage::now([])?.since(&before).disturbed && !self.effort.noisy;
-            for (slices, taken) in slices.iter_mut().zip(taken) {
-                slices.disturbed += usize::from(disturbed);
-                slices.taken.push(taken.filter(|_| !disturbed));
+            for (arm, taken) in taken {
+                slices.entry(arm).or_default().take(taken, disturbed);
             }
         }
         if let Some(counted) = counted {
-            self.rows.push(json!({
-                "measure": format!("{PREFIX}{name}: runs of mesh's programs meanwhile"), "topology": self.topology.name(),
-                "arm": "mesh", "value": counted.runs()?, "unit": "", "vs_direct": null,
-            }));
+            self.runs.push((name.to_owned(), counted.runs()?));
         }
-        for (number, (value, unit)) in
-            [("mean", "ns"), ("p50", "ns"), ("p99", "ns"), ("rate", "/s")].into_iter().enumerate()
-        {
-            self.rows(&format!("{PREFIX}{name}: {value}"), unit, number, &arms, &slices);
-        }
+        let values = [("mean", "ns"), ("p50", "ns"), ("p99", "ns"), ("rate", "/s")];
+        let mut measured =
+            Measured::new(name, values.map(|(value, unit)| (value.to_owned(), unit)).to_vec(), None);
+        measured.set_ups = vec![slices];
+        self.keep(measured);
         Ok(())
+    }
+
+    fn rows(&self, set_ups: usize) -> Vec<Value> {
+        let topology = self.topology.name();
+        let row = |measure: &str, arm: &str| {
+            json!({
+                "measure": format!("{PREFIX}{measure}"), "topology": topology, "arm": arm, "value": null, "unit": "",
+                "vs_direct": null,
+            })
+        };
+        let mut rows = Vec::new();
+        for short in SHORTS.iter().filter(|short| self.runs.iter().any(|(name, _)| name == short.name)) {
+            let runs = self.runs.iter().filter(|(name, _)| name == short.name).map(|(_, runs)| runs);
+            let mut row = row(&format!("{}: runs of mesh's programs meanwhile", short.name), "mesh");
+            row["value"] = runs.sum::<u64>().into();
+            rows.push(row);
+        }
+        for measured in &self.measured {
+            for (number, (value, unit)) in measured.values.iter().enumerate() {
+                for kind in KINDS.iter().filter(|kind| measured.has(kind.name)) {
+                    let mut row = row(&format!("{}: {value}", measured.name), kind.name);
+                    row["unit"] = (*unit).into();
+                    measured.fill(&mut row, number, kind.name, *unit == "s");
+                    rows.push(row);
+                }
+            }
+        }
+        for (arm, (times, why)) in &self.missing {
+            let mut row = row(ALL, arm);
+            row["missing"] =
+                if *times == set_ups { why.clone() } else { format!("{times} of {set_ups} times: {why}") }
+                    .into();
+            rows.push(row);
+        }
+        rows
     }
 }
 
@@ -456,94 +445,4 @@ impl Drop for Client {
         self.stdin.take();
         let _ = self.child.wait();
     }
-}
-
-fn seconds(length: Duration) -> String {
-    length.as_secs().max(1).to_string()
-}
-
-fn wrk(running: &Running, length: Duration, more: &[&str]) -> anyhow::Result<Taken> {
-    let mut wrk = running.site.client.command("wrk");
-    wrk.args(["-t1", "-c", CONNECTIONS, "-d", &seconds(length)]).args(more).arg(running.url());
-    let said = output(&mut wrk)?;
-    ensure!(!said.contains("Non-2xx"), "wrk got errors: {said}");
-    if let Some(errors) = said.lines().find(|line| line.contains("Socket errors")) {
-        ensure!(errors.contains("connect 0,") && errors.contains("timeout 0"), "wrk: {}", errors.trim());
-    }
-    let count = said.lines().find_map(|line| line.trim().split_once(" requests in "));
-    let rate = said.lines().find_map(|line| line.strip_prefix("Requests/sec:"));
-    let (Some((count, _)), Some(rate)) = (count, rate) else { bail!("wrk says no rate: {said}") };
-    Ok(Taken { values: vec![rate.trim().parse()?], count: count.parse()? })
-}
-
-fn connects(running: &Running, length: Duration) -> anyhow::Result<Taken> {
-    let mut client = running.site.client.part("connects")?;
-    let targets = running.arm.targets(Service::Greet);
-    client.arg(length.as_secs_f64().to_string()).args(targets.iter().map(ToString::to_string));
-    let said = output(&mut client)?;
-    let (count, seconds) = said.trim().split_once(' ').context("two numbers")?;
-    let (count, seconds) = (count.parse::<f64>()?, seconds.parse::<f64>()?);
-    Ok(Taken { values: vec![count / seconds], count })
-}
-
-fn sockperf(running: &Running, length: Duration) -> anyhow::Result<Taken> {
-    let target = running.arm.targets(Service::Echo)[0];
-    let mut sockperf = running.site.client.command("sockperf");
-    sockperf.args(["ping-pong", "--tcp", "-i", &target.ip().to_string(), "-p", &target.port().to_string()]);
-    let said = output(sockperf.args(["-t", &seconds(length), "--full-rtt"]))?;
-    let percentile = |of: &str| {
-        let line = said.lines().find(|line| line.contains(&format!("percentile {of} =")));
-        let value =
-            line.and_then(|line| line.rsplit('=').next()).with_context(|| format!("sockperf: {said}"))?;
-        Ok(value.trim().parse()?)
-    };
-    let values = ["50.000", "99.000"].iter().map(|of| percentile(of)).collect::<anyhow::Result<_>>()?;
-    Ok(Taken { values, count: 0.0 })
-}
-
-fn iperf(running: &Running, length: Duration) -> anyhow::Result<Taken> {
-    let target = running.arm.targets(Service::Bulk)[0];
-    let mut iperf = running.site.client.command("iperf3");
-    iperf.args(["--client", &target.ip().to_string(), "--port", &target.port().to_string(), "--json"]);
-    let said = iperf.args(["--time", &seconds(length)]).output()?;
-    let said: Value = serde_json::from_slice(&said.stdout).context("iperf3 says no JSON")?;
-    ensure!(said["error"].is_null(), "iperf3: {}", said["error"]);
-    let bits = said["end"]["sum_received"]["bits_per_second"].as_f64().context("iperf3 says no rate")?;
-    Ok(Taken { values: vec![bits / 1e6], count: 0.0 })
-}
-
-struct Latencies {
-    rate: f64,
-    /// In microseconds.
-    percentiles: Vec<f64>,
-}
-
-/// As fast as it can, or at a rate.
-fn oha(running: &Running, length: Duration, rate: Option<f64>) -> anyhow::Result<Latencies> {
-    let mut oha: Command = running.site.client.command(tools().join("bin/oha"));
-    oha.args([
-        "--no-tui",
-        "--output-format",
-        "json",
-        "-c",
-        CONNECTIONS,
-        "-z",
-        &format!("{}ms", length.as_millis()),
-    ]);
-    if let Some(rate) = rate {
-        oha.args(["-q", &format!("{rate:.0}"), "--latency-correction"]);
-    }
-    let said: Value = serde_json::from_str(&output(oha.arg(running.url()))?)?;
-    let number = |value: &Value| value.as_f64().with_context(|| format!("oha: {said}"));
-    let codes = said["statusCodeDistribution"].as_object().context("oha says no codes")?;
-    ensure!(codes.keys().all(|code| code == "200"), "oha got errors: {}", said["statusCodeDistribution"]);
-    let done: f64 = codes.values().filter_map(Value::as_f64).sum();
-    let percentiles = &said["latencyPercentiles"];
-    Ok(Latencies {
-        rate: done / number(&said["summary"]["total"])?,
-        percentiles: PERCENTILES
-            .iter()
-            .map(|(_, _, of)| Ok(number(&percentiles[of])? * 1e6))
-            .collect::<anyhow::Result<_>>()?,
-    })
 }

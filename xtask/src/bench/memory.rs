@@ -302,7 +302,7 @@ fn start_up(effort: &Effort, world: &mut World) -> anyhow::Result<Vec<Value>> {
         }
     }
     let rows = ARMS.iter().zip(&taken).map(|(arm, values)| {
-        let ratios: Vec<f64> = values.iter().zip(&taken[0]).map(|(value, direct)| value / direct).collect();
+        let ratios = values.iter().zip(&taken[0]).map(|(value, direct)| vec![value / direct]).collect();
         json!({
             "measure": STARTUP, "topology": Topology::Namespaces.name(), "arm": arm,
             "value": median(values.clone()), "unit": "ms",

@@ -17,7 +17,7 @@ use std::{
 use anyhow::{Context, bail, ensure};
 use serde_json::{Value, json};
 
-use super::stats::{confidence, median};
+use super::stats::comparison;
 use crate::{
     node::Node,
     tools::{output, root},
@@ -73,10 +73,10 @@ pub(super) fn measure(rounds: usize) -> anyhow::Result<Vec<Value>> {
     let mut rows = Vec::new();
     for ((measure, unit), arms) in MEASURES.iter().zip(turns) {
         for (arm, values) in ARMS.iter().zip(arms) {
-            let (low, high) = confidence(&values);
+            let turns = comparison(values.into_iter().map(|value| vec![value]).collect()).unwrap_or_default();
             rows.push(json!({
                 "measure": measure, "topology": format!("{RECORDS} records, loopback"), "arm": arm,
-                "value": median(values), "low": low, "high": high, "unit": unit, "vs_direct": null,
+                "value": turns["ratio"], "low": turns["low"], "high": turns["high"], "unit": unit, "vs_direct": null,
             }));
         }
     }
@@ -269,7 +269,12 @@ pub(super) fn markdown(rows: &[Value]) -> String {
         let cell = |arm: &&str| {
             let row = ours.iter().find(|row| row["measure"] == measure && row["arm"] == **arm);
             let number = |key: &str| row.and_then(|row| row[key].as_f64()).unwrap_or(f64::NAN);
-            format!("{:.0} {unit} ({:.0} to {:.0})", number("value"), number("low"), number("high"))
+            let sure = if number("low").is_nan() {
+                String::new()
+            } else {
+                format!(" ({:.0} to {:.0})", number("low"), number("high"))
+            };
+            format!("{:.0} {unit}{sure}", number("value"))
         };
         let cells: Vec<_> = ARMS.iter().map(cell).collect();
         text += &format!("| {} | {} |\n", measure.trim_start_matches("names: "), cells.join(" | "));

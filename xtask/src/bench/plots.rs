@@ -12,7 +12,12 @@ use plotters::{
 };
 use serde_json::Value;
 
-use super::{failover, load, memory, rivals::KINDS, world::Topology};
+use super::{
+    failover, load, memory,
+    report::{find, taken},
+    rivals::KINDS,
+    world::Topology,
+};
 
 /// Draws one of them, if there is anything to draw.
 type Draw = fn(&[Value], &Path) -> anyhow::Result<bool>;
@@ -70,10 +75,6 @@ fn number(row: &Value) -> Option<f64> {
     row["value"].as_f64()
 }
 
-fn find<'a>(rows: &'a [Value], measure: &str, topology: &str, arm: &str) -> Option<&'a Value> {
-    rows.iter().find(|row| row["measure"] == measure && row["topology"] == topology && row["arm"] == arm)
-}
-
 /// Lines over an area, both axes logarithmic or the first one not.
 fn lines<X>(
     area: &Area<'_>,
@@ -127,7 +128,7 @@ fn latency(rows: &[Value], path: &Path) -> anyhow::Result<bool> {
             let point = |(load, name): &(u32, &str)| {
                 let measure = format!("{}{name}: {percentile}", load::PREFIX);
                 let row = find(rows, &measure, Topology::Namespaces.name(), arm)?;
-                Some((f64::from(*load), number(row)?))
+                Some((f64::from(*load), taken(row)?))
             };
             (arm, color(arm), load::LOADS.iter().filter_map(point).collect::<Vec<_>>())
         };

@@ -37,16 +37,7 @@ fn updated(text: &str, report: &Value) -> anyhow::Result<String> {
 fn block(name: &str, report: &Value) -> anyhow::Result<String> {
     let rows = report["rows"].as_array().context("a report has rows")?;
     let text = match name {
-        "meta" => {
-            let meta = &report["meta"];
-            let word = |key: &str| meta[key].as_str().unwrap_or_default();
-            let (mode, kernel) = (word("mode"), word("kernel"));
-            format!(
-                "A {mode} run; {} CPUs, Linux {kernel}. Measured: {}.",
-                meta["cpus"],
-                super::commits(meta)
-            )
-        }
+        "meta" => report::measured(&report["parts"]),
         "connect" => connect(rows),
         "hooks" => hooks(rows),
         "arms" => report::summary(rows),
@@ -120,18 +111,18 @@ mod tests {
         let (rows, readme) = (text("bench/report/report.json"), text("README.md"));
         let rows: Value = serde_json::from_str(&rows).unwrap();
         assert!(readme.contains(BEGIN));
-        assert_eq!(updated(&readme, &rows).unwrap(), readme);
+        assert!(updated(&readme, &rows).unwrap() == readme, "README.md is not what the report says");
         let kept = text("bench/report/report.md");
         let is_words = |part: &&str| !part.starts_with("![");
         let kept: String = kept.split_inclusive("\n\n").filter(is_words).collect();
-        assert_eq!(report::markdown(&rows, &[]), kept);
+        assert!(report::markdown(&rows, &[]) == kept, "report.md is not what report.json says");
     }
 
     #[test]
     fn only_what_is_between_marks_changes() {
         let rows =
             serde_json::json!([{"measure": "hooks of tcp", "arm": "mesh", "value": 7.4, "unit": "ns"}]);
-        let report = serde_json::json!({"meta": {}, "rows": rows});
+        let report = serde_json::json!({"parts": {}, "rows": rows});
         let text = format!("a\n{BEGIN}hooks -->\nold\n{END}\nb\n");
         let new = updated(&text, &report).unwrap();
         assert!(new.starts_with("a\n") && new.ends_with("\nb\n") && !new.contains("old"), "{new}");

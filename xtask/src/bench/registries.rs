@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::Context;
 use serde_json::{Value, json};
 
-use super::{Effort, Mode, report::find, scale::cell};
+use super::{Effort, Mode, names::version, report::find, scale::cell};
 use crate::tools::{self, cargo, output, run};
 
 pub(super) const PREFIX: &str = "registries: ";
@@ -146,6 +146,11 @@ fn goal(what: &str) -> Option<f64> {
         "synced again after" => Some(1000.0),
         _ => None,
     }
+}
+
+/// What is real of them: versions, null where it is not there.
+pub(super) fn versions() -> Value {
+    json!({"etcd": version("etcd", "--version", "etcd Version: ")})
 }
 
 /// One line a registry; then what an etcd alone is measured with.

@@ -1,5 +1,7 @@
 //! The report for people: goals first, then what each part measured.
 
+use std::collections::BTreeMap;
+
 use serde_json::Value;
 
 use super::{
@@ -9,7 +11,11 @@ use super::{
 /// Everything of it, and the pictures that were drawn.
 pub(super) fn markdown(report: &Value, pictures: &[(&str, &str)]) -> String {
     let rows = report["rows"].as_array().map(Vec::as_slice).unwrap_or_default();
-    let mut text = format!("# Benchmark\n\n{}\n\n", meta(&report["meta"]));
+    let mut text = format!(
+        "# Benchmark\n\n`cargo xtask bench`. The configurations are in [bench/arms](../arms); each Envoy has two threads. \
+         Intervals are of 95 %, by bootstrap over set-ups or starts, of six or more.\n\n{}\n",
+        conditions(&report["parts"])
+    );
     text += &goals(rows);
     for topology in [Topology::Namespaces, Topology::Pinned, Topology::Loopback] {
         text += &arms(rows, topology);
@@ -19,10 +25,14 @@ pub(super) fn markdown(report: &Value, pictures: &[(&str, &str)]) -> String {
     for (file, title) in pictures {
         text += &format!("![{title}]({file})\n\n");
     }
-    text += "## Sockets\n\n";
-    text += super::HEAD;
-    text.extend(rows.iter().filter(|row| is_of_sockets(row)).map(line));
-    text + &names::markdown(rows) + "\n" + &registries::markdown(rows) + &scale::markdown(rows)
+    let sockets: Vec<_> = rows.iter().filter(|row| is_of_sockets(row)).collect();
+    text += &format!(
+        "## Sockets\n\n{}{}\n\n",
+        super::HEAD,
+        sockets.iter().copied().map(line).collect::<String>()
+    );
+    text += &dropped(&sockets);
+    text + "\n" + &names::markdown(rows) + "\n" + &registries::markdown(rows) + &scale::markdown(rows)
 }
 
 fn is_of_sockets(row: &Value) -> bool {
@@ -31,22 +41,44 @@ fn is_of_sockets(row: &Value) -> bool {
     !scale::is_ours(row) && !names::is_ours(row) && !others.iter().any(|prefix| measure.starts_with(prefix))
 }
 
-fn meta(meta: &Value) -> String {
-    let word = |key: &str| meta[key].as_str().unwrap_or("unknown").to_owned();
-    let versions = meta["versions"].as_object().into_iter().flatten();
-    let versions: Vec<_> =
-        versions.map(|(name, version)| format!("{name} {}", version.as_str().unwrap_or("missing"))).collect();
-    format!(
-        "`cargo xtask bench`, {}: {} CPUs, Linux {}, load {} before and {} after. {}. Measured: {}. The \
-         configurations are in [bench/arms](../arms).",
-        word("mode"),
-        meta["cpus"],
-        word("kernel"),
-        word("load_before"),
-        word("load"),
-        versions.join(", "),
-        super::commits(meta)
-    )
+/// One line a part: it may have been measured again alone.
+fn conditions(parts: &Value) -> String {
+    let mut text = "| part | run | commit | Linux | CPUs | load before | after | with |\n|---|---|---|---|---|---|---|---|\n".to_owned();
+    for (part, of) in parts.as_object().into_iter().flatten() {
+        let word = |key: &str| of[key].as_str().unwrap_or("unknown");
+        let versions = of["versions"].as_object().into_iter().flatten();
+        let version =
+            |(name, version): (&String, &Value)| format!("{name} {}", version.as_str().unwrap_or("missing"));
+        text += &format!(
+            "| {part} | {} | {} | {} | {} | {} | {} | {} |\n",
+            word("mode"),
+            word("commit"),
+            word("kernel"),
+            of["cpus"],
+            word("load_before"),
+            word("load_after"),
+            versions.map(version).collect::<Vec<_>>().join(", ")
+        );
+    }
+    text
+}
+
+/// The same in a sentence for each that differ.
+pub(super) fn measured(parts: &Value) -> String {
+    let mut kinds = BTreeMap::<String, Vec<&str>>::new();
+    for (part, of) in parts.as_object().into_iter().flatten() {
+        let word = |key: &str| of[key].as_str().unwrap_or_default();
+        let kind = format!(
+            "{}, commit {}, {} CPUs, Linux {}",
+            word("mode"),
+            word("commit"),
+            of["cpus"],
+            word("kernel")
+        );
+        kinds.entry(kind).or_default().push(part);
+    }
+    let sentences = kinds.iter().map(|(kind, parts)| format!("{} ({kind})", parts.join(", ")));
+    format!("Measured: {}.", sentences.collect::<Vec<_>>().join("; "))
 }
 
 pub(super) fn find<'a>(rows: &'a [Value], measure: &str, topology: &str, arm: &str) -> Option<&'a Value> {
@@ -64,14 +96,29 @@ pub(super) fn rounded(value: f64) -> String {
     }
 }
 
-pub(super) fn interval((value, low, high): (f64, f64, f64)) -> String {
+/// A comparison, and its interval where it has one.
+pub(super) fn ratio(compared: &Value) -> Option<String> {
+    let value = compared["ratio"].as_f64()?;
     let digits = match value.abs() {
         ..2.0 => 3,
         ..100.0 => 1,
         _ => 0,
     };
-    format!("{value:.digits$} ({low:.digits$} to {high:.digits$})")
+    let interval = compared["low"].as_f64().zip(compared["high"].as_f64());
+    let sure =
+        interval.map_or_else(String::new, |(low, high)| format!(" ({low:.digits$} to {high:.digits$})"));
+    Some(format!("{value:.digits$}{sure}"))
 }
+
+/// A value, unless it is one of requests that the arm could not take at the rate: then it says how long slices
+/// are.
+pub(super) fn taken(row: &Value) -> Option<f64> {
+    let reached = row["reached"].as_f64().unwrap_or(100.0);
+    row["value"].as_f64().filter(|_| row["unit"] == "%" || reached >= REACHES)
+}
+
+/// From so many percent of a rate on an arm is said to take it.
+const REACHES: f64 = 95.0;
 
 /// One line a measure, one column an arm.
 fn arms(rows: &[Value], topology: Topology) -> String {
@@ -102,15 +149,19 @@ fn arms(rows: &[Value], topology: Topology) -> String {
             let Some(row) = rows.iter().find(|row| row["measure"] == measure && row["arm"] == **arm) else {
                 return String::new();
             };
-            let Some(value) = row["value"].as_f64() else { return "missing".into() };
+            let Some(value) = taken(row) else {
+                return if row["value"].is_null() { "missing" } else { "overloaded" }.into();
+            };
             match row["vs_direct"]["ratio"].as_f64() {
                 Some(ratio) if *arm != "direct" => format!("{} ({ratio:.3})", rounded(value)),
                 _ => rounded(value),
             }
         };
         let cells: Vec<_> = names.iter().map(cell).collect();
+        let of = rows.iter().find(|row| row["measure"] == measure).and_then(|row| row["rate"].as_f64());
+        let rate = of.map_or_else(String::new, |rate| format!(" ({rate:.0} /s)"));
         let measure = measure.trim_start_matches(load::PREFIX);
-        text += &format!("| {measure}, {unit} | {} |\n", cells.join(" | ")).replace(", |", " |");
+        text += &format!("| {measure}{rate}, {unit} | {} |\n", cells.join(" | ")).replace(", |", " |");
     }
     text += "\n";
     for kind in KINDS.iter().filter(|kind| !kind.about.is_empty()) {
@@ -124,12 +175,24 @@ fn arms(rows: &[Value], topology: Topology) -> String {
         ))
     });
     text.extend(missing);
+    let failed = rows.iter().filter_map(|row| {
+        let (failed, slices) =
+            (row["failed"].as_u64().filter(|failed| *failed > 0)?, row["slices"].as_u64()?);
+        let what = row["measure"].as_str()?.trim_start_matches(load::PREFIX);
+        Some(format!(
+            "- {failed} of {slices} slices of {} failed, {what}: {}\n",
+            row["arm"].as_str()?,
+            row["error"].as_str().unwrap_or_default()
+        ))
+    });
+    text.extend(failed);
+    let set_ups = rows.iter().filter_map(|row| row["set_ups"].as_u64()).max().unwrap_or_default();
+    text + &format!("\nSet up {set_ups} times. {}\n\n", dropped(&rows))
+}
+
+fn dropped(rows: &[&Value]) -> String {
     let sum = |key: &str| rows.iter().filter_map(|row| row[key].as_u64()).sum::<u64>();
-    text + &format!(
-        "\n{} of {} slices were dropped because others used the machine.\n\n",
-        sum("disturbed"),
-        sum("slices")
-    )
+    format!("{} of {} slices were dropped because others used the machine.", sum("disturbed"), sum("slices"))
 }
 
 /// A table for each event, with a line for each arm.
@@ -155,8 +218,16 @@ fn failovers(rows: &[Value]) -> String {
             }
         }
         if !lines.is_empty() {
+            let of = find(
+                rows,
+                &failover::measure_of(event, failover::CLIENTS[0].0, failover::VALUES[0]),
+                Topology::Namespaces.name(),
+                "mesh",
+            );
+            let [times, dropped] =
+                ["times", "disturbed"].map(|key| of.and_then(|row| row[key].as_u64()).unwrap_or_default());
             text += &format!(
-                "### {}\n\n| | failed | last, s | slow | keep-alive: failed | last, s | slow |\n|---|---|---|---|---|---|---|\n{lines}\n",
+                "### {}\n\nMedians of {times}; {dropped} more were dropped because others used the machine.\n\n| | failed | last, s | slow | keep-alive: failed | last, s | slow |\n|---|---|---|---|---|---|---|\n{lines}\n",
                 event.name()
             );
         }
@@ -211,24 +282,27 @@ pub(super) fn summary(rows: &[Value]) -> String {
         find(rows, &format!("{}{measure}", load::PREFIX), Topology::Namespaces.name(), arm)
     };
     let cell = |row: Option<&Value>, unit: &str| {
-        row.and_then(|row| row["value"].as_f64())
-            .map_or_else(|| "-".into(), |value| format!("{}{unit}", rounded(value)))
+        row.map_or_else(
+            || "-".into(),
+            |row| taken(row).map_or_else(|| "overloaded".into(), |value| format!("{}{unit}", rounded(value))),
+        )
     };
-    let killed = |arm: &str| {
-        let measure =
-            failover::measure_of(failover::Event::Killed, failover::CLIENTS[0].0, failover::VALUES[0]);
+    let failed = |event, arm: &str| {
+        let measure = failover::measure_of(event, failover::CLIENTS[0].0, failover::VALUES[0]);
         find(rows, &measure, Topology::Namespaces.name(), arm)
     };
+    let half = "HTTP keep-alive at 50 % of direct's maximum: p99";
     let mut lines = String::new();
     for kind in &KINDS {
         let arm = kind.name;
         let cells = [
             cell(of_load("HTTP keep-alive: requests", arm), " /s"),
-            cell(of_load("HTTP keep-alive at 50 % of direct's maximum: p99", arm), " us"),
+            cell(of_load(half, arm), " us"),
             cell(of_load("HTTP, a connection for each request: requests", arm), " /s"),
             cell(of_load("TCP connects, one after the other: rate", arm), " /s"),
             cell(of_load("HTTP keep-alive: CPU seconds for a million requests", arm), " s"),
-            cell(killed(arm), ""),
+            cell(failed(failover::Event::Killed, arm), ""),
+            cell(failed(failover::Event::BlackHoled, arm), ""),
         ];
         if cells.iter().any(|cell| cell != "-") {
             lines += &format!("| {arm} | {} |\n", cells.join(" | "));
@@ -237,9 +311,10 @@ pub(super) fn summary(rows: &[Value]) -> String {
     if lines.is_empty() {
         return "The report has no figures of the arms yet: `cargo xtask bench --only load`.".into();
     }
+    let rate = of_load(half, "direct").and_then(|row| row["rate"].as_f64()).unwrap_or_default();
     format!(
-        "| | HTTP keep-alive | p99 at half of direct's maximum | a connection for each request | TCP connects | CPU for a million requests | failed requests when a backend is killed |\n\
-         |---|---|---|---|---|---|---|\n{lines}"
+        "| | HTTP keep-alive | p99 at half of direct's maximum ({rate:.0} /s) | a connection for each request | TCP connects | CPU for a million requests | failed of 500 requests when a backend is killed | is black-holed |\n\
+         |---|---|---|---|---|---|---|---|\n{lines}"
     )
 }
 

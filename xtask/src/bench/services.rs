@@ -5,44 +5,55 @@ use std::{fmt::Write, net::Ipv4Addr};
 use serde_json::{Value, json};
 
 use super::{
+    Effort,
     arms::{PORT, Sinks},
-    connect::{Client, Kind, rounds},
-    report::{interval, rounded},
+    connect::{Client, Kind, STARTS, rounds},
+    report::{ratio, rounded},
     stats::{comparison, median},
 };
 use crate::node::Node;
 
 pub(super) const MEASURE: &str = "scale: connects, one after the other";
 pub(super) const MANY: &str = "100,000 services, 1 is dialled";
+pub(super) const IN_TURN: &str = "100,000 services, 1,000 are dialled in turn";
+pub(super) const AGAIN: &str = "1 service again";
+const ARMS: [&str; 4] = ["1 service", MANY, IN_TURN, AGAIN];
 const SERVICES: u32 = 100_000;
 /// Of those that are dialled in turn, every so many is one.
 const STEP: usize = 100;
 
 /// Connects a second of each arm, and its ratio to the first of the same round.
-pub(super) fn measure(batches: usize) -> anyhow::Result<Vec<Value>> {
+pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
     let sinks = Sinks::open()?;
-    let (few, many) = (node("mesh-bench-few", 1, &sinks)?, node("mesh-bench-many", SERVICES, &sinks)?);
     let one = vec![address(0)];
     let some: Vec<_> = (0..SERVICES).step_by(STEP).map(address).collect();
-    let arms = [
-        ("1 service", &few, &one),
-        (MANY, &many, &one),
-        ("100,000 services, 1,000 are dialled in turn", &many, &some),
-        ("1 service again", &few, &one),
-    ];
-    let mut slices = arms.map(|_| Vec::new());
-    for _ in 0..batches {
-        let clients =
-            arms.iter().map(|(_, node, dialled)| Client::start(Kind::Tcp, dialled, Some(&node.cgroup)));
-        for round in rounds(clients.collect::<anyhow::Result<_>>()?, &sinks)? {
-            slices.iter_mut().zip(round).for_each(|(arm, [call, close])| arm.push(1e9 / (call + close)));
+    let starts = STARTS.min(effort.batches);
+    let (mut taken, mut disturbed) = (Vec::new(), 0);
+    for _ in 0..starts {
+        let (few, many) = (node("mesh-bench-few", 1, &sinks)?, node("mesh-bench-many", SERVICES, &sinks)?);
+        let arms = [(&few, &one), (&many, &one), (&many, &some), (&few, &one)];
+        let mut slices = ARMS.map(|_| Vec::new());
+        for _ in 0..effort.batches / starts {
+            let clients = arms.iter().map(|(node, dialled)| Client::start(Kind::Tcp, dialled, &node.cgroup));
+            let (rounds, others) = rounds(clients.collect::<anyhow::Result<_>>()?, &sinks)?;
+            if others && !effort.noisy {
+                disturbed += 1;
+                continue;
+            }
+            for round in rounds {
+                slices.iter_mut().zip(round).for_each(|(arm, [call, close])| arm.push(1e9 / (call + close)));
+            }
         }
+        taken.push(slices);
     }
-    let rows = arms.iter().zip(&slices).map(|((arm, ..), rates)| {
-        let ratios: Vec<f64> = rates.iter().zip(&slices[0]).map(|(rate, first)| rate / first).collect();
+    let rows = ARMS.iter().enumerate().map(|(number, arm)| {
+        let ratios = |arms: &[Vec<f64>; ARMS.len()]| {
+            arms[number].iter().zip(&arms[0]).map(|(rate, first)| rate / first).collect()
+        };
         json!({
-            "measure": MEASURE, "topology": "loopback", "arm": arm, "value": median(rates.clone()), "unit": "/s",
-            "vs_one": comparison(ratios),
+            "measure": MEASURE, "topology": "loopback", "arm": arm,
+            "value": median(taken.iter().flat_map(|arms| arms[number].clone()).collect()), "unit": "/s",
+            "vs_one": comparison(taken.iter().map(ratios).collect()), "disturbed": disturbed,
         })
     });
     Ok(rows.collect())
@@ -77,10 +88,9 @@ fn address(service: u32) -> String {
 pub(super) fn markdown(rows: &[Value]) -> String {
     let mut text = String::new();
     for row in rows.iter().filter(|row| row["measure"] == MEASURE) {
-        let number = |key: &str| row["vs_one"][key].as_f64().unwrap_or_default();
-        let versus = interval((number("ratio"), number("low"), number("high")));
         let rate = rounded(row["value"].as_f64().unwrap_or_default());
-        text += &format!("| {} | {rate} | {versus} |\n", row["arm"].as_str().unwrap_or_default());
+        let arm = row["arm"].as_str().unwrap_or_default();
+        text += &format!("| {arm} | {rate} | {} |\n", ratio(&row["vs_one"]).unwrap_or_else(|| "-".into()));
     }
     if text.is_empty() {
         return text;

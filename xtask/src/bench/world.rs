@@ -243,8 +243,8 @@ pub(super) struct Site {
     pub(super) ingress: Place,
     pub(super) switch: String,
     pub(super) backends: Vec<IpAddr>,
-    /// The address through which the namespace reaches others.
-    pub(super) gateway: Option<String>,
+    /// Whether the namespace reaches others through a gateway.
+    pub(super) routed: bool,
 }
 
 impl World {
@@ -350,7 +350,7 @@ impl World {
             ingress: self.place(&server, of_proxy.path(), 1),
             switch: self.switch.clone(),
             backends: self.addresses(),
-            gateway: (self.topology != Topology::Loopback).then(|| "10.77.0.1".into()),
+            routed: self.topology != Topology::Loopback,
         };
         self.cgroups.extend([of_client, of_proxy]);
         Ok(site)
