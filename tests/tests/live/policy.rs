@@ -144,16 +144,17 @@ fn maglev_spreads_workloads_by_weight_and_moves_only_those_of_a_backend_that_lea
     let mesh = Mesh::start(&text(&[100, 200, 300, 400]));
     let count =
         |answers: &[String], name: &str| answers.iter().filter(|answer| *answer == name).count() as u64;
-    // What the table holds is within 1 % of the weights; the workloads follow the table.
     let lb = mesh.lb();
     let share = |server: &Server| {
         let backends = lb[0]["backends"].as_array().unwrap();
         backends.iter().find(|b| b["port"] == server.port()).unwrap()["share"].as_f64().unwrap()
     };
     let shares: Vec<_> = servers[..4].iter().map(share).collect();
-    for (share, expected) in shares.iter().zip([0.1, 0.2, 0.3, 0.4]) {
-        assert!((share - expected).abs() < 0.01, "{shares:?}");
-    }
+    // Which slots of the table a backend has depends on its address, and a test's ports are anybody's.
+    let off =
+        shares.iter().zip([0.1, 0.2, 0.3, 0.4]).map(|(share, weight)| (share - weight).powi(2) / weight);
+    assert!(off.sum::<f64>() * 8191.0 < CHI_SQUARE_3 * 2.0, "{shares:?}");
+    // The workloads follow the table.
     let answers = answers_of_workloads(&mesh, workloads);
     let hits = ["a", "b", "c", "d"].map(|name| count(&answers, name));
     let chi_square = chi_square(&hits, &shares);
