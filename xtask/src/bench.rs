@@ -186,7 +186,7 @@ impl Effort {
             _ => Mode::Usual,
         };
         let (batches, changes, failovers, starts, idle) = match mode {
-            Mode::Quick => (2, 5, 1, 2, 1),
+            Mode::Quick => (1, 5, 1, 2, 1),
             Mode::Usual => (6, 50, 1, 6, 3),
             Mode::Full => (24, 100, 5, 15, 20),
         };

@@ -144,7 +144,7 @@ impl Table<'_> {
                 let cgroup = node.cgroup.join(format!("task-{}", tasks.len()));
                 tasks.push(Task::start(world, tasks.len(), cgroup)?);
             }
-            thread::sleep(if self.effort.quick() { SETTLE / 3 } else { SETTLE });
+            thread::sleep(SETTLE);
             self.row("PSS without files", count, "mesh", mib(pss(pid, "Pss_Anon:")?), "MiB");
             let pss = mib(pss(pid, "Pss:")? - pss_of_maps(pid)?);
             self.row("PSS", count, "mesh", pss, "MiB");
@@ -213,7 +213,7 @@ impl Table<'_> {
                     }
                 }
             }
-            thread::sleep(if self.effort.quick() { SETTLE / 3 } else { SETTLE });
+            thread::sleep(SETTLE);
             let pss = envoys.iter().map(|envoy| pss(envoy.id(), "Pss:")).sum::<anyhow::Result<u64>>()?;
             self.row(BOTH, count, ENVOY, mib(pss), "MiB");
             let cgroups: Vec<_> = tasks.iter().map(|task| task.place.cgroup.clone()).collect();
