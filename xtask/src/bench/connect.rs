@@ -140,6 +140,7 @@ pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
     }
     let mut rows = Vec::new();
     for ((_, measure), taken) in Kind::ALL.into_iter().zip(&all) {
+        ensure!(taken.disturbed < taken.batches, "{measure}: others used the machine in every batch");
         for (end, what) in [measure.to_owned(), format!("{measure}: close")].iter().enumerate() {
             for (number, arm) in ARMS.iter().enumerate() {
                 let compare = |by: fn((&f64, &f64)) -> f64| {

@@ -1,7 +1,8 @@
 //! What a connect costs where there are many services, against where there is one.
 
-use std::{fmt::Write, net::Ipv4Addr};
+use std::{fmt::Write, net::Ipv4Addr, thread, time::Duration};
 
+use anyhow::ensure;
 use serde_json::{Value, json};
 
 use super::{
@@ -19,6 +20,8 @@ pub(super) const IN_TURN: &str = "100,000 services, 1,000 are dialled in turn";
 pub(super) const AGAIN: &str = "1 service again";
 const ARMS: [&str; 4] = ["1 service", MANY, IN_TURN, AGAIN];
 const SERVICES: u32 = 100_000;
+/// After the start of a daemon with very many services.
+const SETTLE: Duration = Duration::from_secs(5);
 /// Of those that are dialled in turn, every so many is one.
 const STEP: usize = 100;
 
@@ -31,6 +34,8 @@ pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
     let (mut taken, mut disturbed) = (Vec::new(), 0);
     for _ in 0..starts {
         let (few, many) = (node("mesh-bench-few", 1, &sinks)?, node("mesh-bench-many", SERVICES, &sinks)?);
+        // What is served is also kept on disk, by then.
+        thread::sleep(SETTLE);
         let arms = [(&few, &one), (&many, &one), (&many, &some), (&few, &one)];
         let mut slices = ARMS.map(|_| Vec::new());
         for _ in 0..effort.batches / starts {
@@ -46,6 +51,10 @@ pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
         }
         taken.push(slices);
     }
+    ensure!(
+        disturbed < effort.batches / starts * starts,
+        "others used the machine in every batch of connects"
+    );
     let rows = ARMS.iter().enumerate().map(|(number, arm)| {
         let ratios = |arms: &[Vec<f64>; ARMS.len()]| {
             arms[number].iter().zip(&arms[0]).map(|(rate, first)| rate / first).collect()
