@@ -1,8 +1,8 @@
 //! What a connect costs where there are many services, against where there is one.
 
-use std::{fmt::Write, net::Ipv4Addr, thread, time::Duration};
+use std::{fmt::Write, fs, net::Ipv4Addr, thread, time::Duration};
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use serde_json::{Value, json};
 
 use super::{
@@ -11,8 +11,9 @@ use super::{
     connect::{Client, Kind, STARTS, rounds},
     report::{ratio, rounded},
     stats::{comparison, median},
+    world::Cgroup,
 };
-use crate::node::Node;
+use crate::node::{Node, cgroup2};
 
 pub(super) const MEASURE: &str = "scale: connects, one after the other";
 pub(super) const MANY: &str = "100,000 services, 1 is dialled";
@@ -33,9 +34,14 @@ pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
     let starts = STARTS.min(effort.batches);
     let (mut taken, mut disturbed) = (Vec::new(), 0);
     for _ in 0..starts {
+        let daemons = Cgroup::new(cgroup2()?.join("mesh-bench-daemons"))?;
         let (few, many) = (node("mesh-bench-few", 1, &sinks)?, node("mesh-bench-many", SERVICES, &sinks)?);
         // What is served is also kept on disk, by then.
         thread::sleep(SETTLE);
+        for node in [&few, &many] {
+            let pid = node.pid().context("the daemon runs")?;
+            fs::write(daemons.path().join("cgroup.procs"), pid.to_string())?;
+        }
         let arms = [(&few, &one), (&many, &one), (&many, &some), (&few, &one)];
         let mut slices = ARMS.map(|_| Vec::new());
         for _ in 0..effort.batches / starts {

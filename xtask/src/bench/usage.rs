@@ -9,7 +9,7 @@ use std::{
 use super::world::OURS;
 use crate::node::cgroup2;
 
-/// Of a slice, the part of the machine that others may use.
+/// Of a slice, the part of the machine that others may use, beyond what clocks that tick differ by.
 const FOREIGN: f64 = 0.1;
 
 /// What was used up to a moment.
@@ -47,7 +47,8 @@ impl Usage {
         let foreign = (self.machine - before.machine).saturating_sub(self.ours - before.ours);
         let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let all = (self.at - before.at).as_secs_f64() * cpus as f64;
-        Used { arm: self.arm - before.arm, disturbed: foreign.as_secs_f64() > FOREIGN * all }
+        let limit = FOREIGN * all + ticks("2").as_secs_f64();
+        Used { arm: self.arm - before.arm, disturbed: foreign.as_secs_f64() > limit }
     }
 }
 
