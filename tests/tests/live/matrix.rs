@@ -248,7 +248,8 @@ fn fast_open_sends_its_first_bytes_to_the_backend_and_shows_the_vip() {
     // fetch a cookie; the SYN of the second one has carried the question.
     let program = format!(
         r#"
-import socket, threading
+import faulthandler, socket, threading
+faulthandler.dump_traceback_later(50, exit=True)
 TCP_FASTOPEN_CONNECT, SYN_DATA, MPTCP, SOL_MPTCP, MPTCP_INFO = 30, 32, 262, 284, 1
 with open("/proc/sys/net/ipv4/tcp_fastopen", "w") as switch:
     switch.write("3")

@@ -355,7 +355,6 @@ fn goal_lines(rows: &[Value]) -> Vec<Line> {
             Of::Value => compared["ratio"].as_f64().map(rounded),
             _ => ratio(&compared),
         };
-        let Some(here) = here else { continue };
         let good = |end: &str| {
             compared[end]
                 .as_f64()
@@ -375,6 +374,7 @@ fn goal_lines(rows: &[Value]) -> Vec<Line> {
         let again = again.and_then(|row| ratio(&self::compared(row, &goal.of)));
         let sign = if goal.at_most { "≤" } else { "≥" };
         let (what, limit) = (goal.what.into(), format!("{sign} {}", goal.goal));
+        let here = here.unwrap_or_else(|| "missing".into());
         lines.push(Line { what, goal: limit, here, again, verdict, cause: goal.cause });
     }
     lines.extend(derived_goals(rows));
@@ -434,6 +434,8 @@ mod tests {
         assert!(judged(1.001, 0.99, 1.01).ends_with("| not decided |\n\n"));
         assert!(judged(1.01, 1.0, 1.02).ends_with("| not decided |\n\n"));
         assert!(judged(1.1, f64::NAN, f64::NAN).ends_with("| 1.100 | - | not decided |\n\n"));
+        // Every slice was disturbed.
+        assert!(judged(f64::NAN, f64::NAN, f64::NAN).ends_with("| missing | - | not decided |\n\n"));
         let missed = "| **missed** |\n\nWhat misses its goal, and why:\n\n\
                       - *TCP round trips, p50, relative to direct*: 1.100 (1.050 to 1.200) (goal ≤ 1.002)\n\n";
         assert!(judged(1.1, 1.05, 1.2).ends_with(missed));
