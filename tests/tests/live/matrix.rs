@@ -245,10 +245,12 @@ fn fast_open_sends_its_first_bytes_to_the_backend_and_shows_the_vip() {
         service("four", 80, four, &[("127.0.0.1", 8080)]) + &service("six", 80, six, &[("::1", 8080)]);
     let mesh = Mesh::start(&services);
     // On a host of its own, where the switch for servers is turned on. The first dial may have to
-    // fetch a cookie; the SYN of the second one has carried the question.
+    // fetch a cookie; the SYN of the second one has carried the question. Linux 6.18 loses an MPTCP
+    // connection with data in its SYN once in a while (one of 632 such programs, without mesh): the
+    // client waits for an answer, and the server to accept. One that is lost may be dialled again.
     let program = format!(
         r#"
-import faulthandler, socket, threading
+import faulthandler, select, socket, threading
 faulthandler.dump_traceback_later(50, exit=True)
 TCP_FASTOPEN_CONNECT, SYN_DATA, MPTCP, SOL_MPTCP, MPTCP_INFO = 30, 32, 262, 284, 1
 with open("/proc/sys/net/ipv4/tcp_fastopen", "w") as switch:
@@ -269,12 +271,19 @@ def by_connect(s, vip):
     s.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
     s.connect(vip)
     s.send(b"it")
+lost = []
+def asked(family, protocol, dial, vip):
+    s = socket.socket(family, socket.SOCK_STREAM, protocol)
+    dial(s, (vip, {PORT}))
+    if protocol == MPTCP and not lost and not select.select([s], [], [], 5)[0]:
+        lost.append(s)
+        return asked(family, protocol, dial, vip)
+    return s
 for family, vip in ((socket.AF_INET, "{four}"), (socket.AF_INET6, "{six}"), (socket.AF_INET6, "::ffff:{four}")):
     for protocol in (0, MPTCP):
         for dial in (by_sendto, by_connect):
             for attempt in (1, 2):
-                s = socket.socket(family, socket.SOCK_STREAM, protocol)
-                dial(s, (vip, {PORT}))
+                s = asked(family, protocol, dial, vip)
                 peer, answer = s.getpeername()[:2], s.recv(9).decode()
                 assert (peer, answer) == ((vip, {PORT}), "heard it"), (protocol, dial, peer, answer)
                 options = s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)[5]
