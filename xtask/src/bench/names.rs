@@ -261,7 +261,7 @@ pub(super) fn markdown(rows: &[Value]) -> String {
         return String::new();
     }
     let mut text = format!(
-        "\n| {RECORDS} names: median (95 % interval) | {} |\n|---|{}\n",
+        "\n| {RECORDS} names: median (95 % interval, over turns) | {} |\n|---|{}\n",
         ARMS.join(" | "),
         "---|".repeat(ARMS.len())
     );
