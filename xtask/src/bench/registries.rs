@@ -101,11 +101,14 @@ pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
 
 /// Registries, and services in each.
 fn turns(mode: Mode) -> Vec<(&'static Kind, u32)> {
-    if mode == Mode::Quick {
-        return KINDS.iter().filter(|kind| kind.name == "etcd").map(|kind| (kind, FEW)).collect();
-    }
-    let few = KINDS.iter().filter(|kind| kind.tells).map(|kind| (kind, FEW));
-    few.chain(KINDS.iter().map(|kind| (kind, MANY))).collect()
+    let is_etcd = |kind: &&Kind| kind.name == "etcd";
+    let few = KINDS.iter().filter(|kind| kind.tells && (mode != Mode::Quick || is_etcd(kind)));
+    let many = KINDS.iter().filter(|kind| match mode {
+        Mode::Quick => false,
+        Mode::Usual => is_etcd(kind),
+        Mode::Full => true,
+    });
+    few.map(|kind| (kind, FEW)).chain(many.map(|kind| (kind, MANY))).collect()
 }
 
 struct Said {
