@@ -101,14 +101,10 @@ pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
 
 /// Registries, and services in each.
 fn turns(mode: Mode) -> Vec<(&'static Kind, u32)> {
-    let is_etcd = |kind: &&Kind| kind.name == "etcd";
-    let few = KINDS.iter().filter(|kind| kind.tells && (mode != Mode::Quick || is_etcd(kind)));
-    let many = KINDS.iter().filter(|kind| match mode {
-        Mode::Quick => false,
-        Mode::Usual => is_etcd(kind),
-        Mode::Full => true,
-    });
-    few.map(|kind| (kind, FEW)).chain(many.map(|kind| (kind, MANY))).collect()
+    let is_quick = |kind: &&Kind| mode != Mode::Quick || kind.name == "etcd";
+    let few = KINDS.iter().filter(|kind| kind.tells).filter(is_quick).map(|kind| (kind, FEW));
+    let many = KINDS.iter().filter(|_| mode == Mode::Full).map(|kind| (kind, MANY));
+    few.chain(many).collect()
 }
 
 struct Said {
