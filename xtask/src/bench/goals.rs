@@ -276,7 +276,7 @@ fn room(rows: &[Value]) -> Option<String> {
 
 fn looks(_: &[Value]) -> Option<String> {
     let cause = "pins, programs, services files and tasks are looked at once a second (tasks every five where there \
-                 are many), as nobody tells when they change.";
+                 are many), and all network namespaces every half a minute, as nobody tells when they change.";
     Some(cause.into())
 }
 

@@ -101,10 +101,12 @@ pub(super) fn measure(effort: &Effort) -> anyhow::Result<Vec<Value>> {
 
 /// Registries, and services in each.
 fn turns(mode: Mode) -> Vec<(&'static Kind, u32)> {
-    let is_quick = |kind: &&Kind| mode != Mode::Quick || kind.name == "etcd";
-    let few = KINDS.iter().filter(|kind| kind.tells).filter(is_quick).map(|kind| (kind, FEW));
-    let many = KINDS.iter().filter(|_| mode == Mode::Full).map(|kind| (kind, MANY));
-    few.chain(many).collect()
+    let few = KINDS.iter().filter(|kind| kind.tells).map(|kind| (kind, FEW));
+    match mode {
+        Mode::Quick => few.filter(|(kind, _)| kind.name == "etcd").collect(),
+        Mode::Usual => few.collect(),
+        Mode::Full => few.chain(KINDS.iter().map(|kind| (kind, MANY))).collect(),
+    }
 }
 
 struct Said {
